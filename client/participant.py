@@ -1,0 +1,73 @@
+"""A site taking part: it answers orders with its own data and keeps its local parts in its own store."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from client.store import Store
+from client.train import train
+from common.images import Images
+from common.messages import Order, Reply
+from common.methods.method import Method, Site
+from common.net import Net, Task, fresh, roles
+from common.parts import Tensors, snapshot
+from common.seeds import isolated
+
+
+@dataclass(frozen=True)
+class Participant:
+    """One site. `net` is a workspace: its values before an order do not matter, so sites may share one."""
+
+    name: str
+    task: Task
+    method: Method
+    net: Net
+    images: Images
+    train_index: Tensor
+    counts: Tensor  # training images per class
+    store: Store
+    device: torch.device
+
+    def site(self, round: int) -> Site:
+        return Site(self.name, self.task, self.images, self.train_index, self.counts, round, self.device)
+
+    def handle(self, order: Order) -> Reply:
+        """Train one round from the order's parts, keep the local parts, return the shared ones."""
+        self.prepare({**order.shared, **order.fixed}, before=order.round)
+        shared, _, local = roles(self.method, self.net)
+        site = self.site(order.round)
+        # dropout and the like draw from torch's global generator: give them this round's own stream
+        with isolated(self.task.config.seed, "layers", order.round, self.name):
+            metrics = train(self.net, self.method, site)
+        sums = self.method.extra(self.net, site)
+        mine = self.net.parts()
+        if local:
+            self.store.save(order.round, {part: snapshot(mine[part]) for part in sorted(local)})
+        return Reply(
+            client=self.name,
+            round=order.round,
+            model=order.model,
+            examples=len(self.train_index),
+            shared={part: snapshot(mine[part]) for part in sorted(shared)},
+            sums=sums,
+            metrics=metrics,
+        )
+
+    def prepare(self, received: dict[str, Tensors], before: int) -> None:
+        """Fill the workspace: the received parts, and the site's own as they were before round `before`."""
+        _, _, local = roles(self.method, self.net)
+        self.net.load(received)
+        if not local:
+            return
+        kept = self.store.load(before)
+        if kept is None:
+            self.net.load(fresh(self.method, self.task, self.net, local, self.name))
+            self.method.start(self.net)
+        else:
+            self.net.load(kept)
+
+    def has_trained(self) -> bool:
+        """Whether the personal model rests on training of this site; without local parts it always does."""
+        _, _, local = roles(self.method, self.net)
+        return not local or bool(self.store.rounds())

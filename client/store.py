@@ -1,0 +1,46 @@
+"""What a site keeps for itself between rounds: its local parts, durable and one file per round.
+
+A file is written whole or not at all and only after a successful round; earlier ones are kept, so a round that
+is run again after a crash starts from exactly what it started from the first time.
+"""
+
+from pathlib import Path
+
+from common import parts
+from common.parts import Corrupt, Tensors
+
+
+class Store:
+    """Local parts of one client in one federation, under `folder`."""
+
+    def __init__(self, folder: Path, keep: int = 2, durable: bool = True) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.durable = durable  # False: survives a killed process but not a power cut; for simulations
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, round: int, values: dict[str, Tensors]) -> None:
+        flat = {f"{part}/{name}": t for part, group in values.items() for name, t in group.items()}
+        parts.save(self._path(round), flat, {"round": str(round)}, durable=self.durable)
+        for old in self.rounds()[: -self.keep]:
+            self._path(old).unlink()
+
+    def load(self, before: int) -> dict[str, Tensors] | None:
+        """The newest readable local parts of a round earlier than `before`; None when there are none."""
+        for round in reversed([r for r in self.rounds() if r < before]):
+            try:
+                flat, _ = parts.read(self._path(round))
+            except Corrupt:
+                continue
+            values: dict[str, Tensors] = {}
+            for key, t in flat.items():
+                part, _, name = key.partition("/")
+                values.setdefault(part, {})[name] = t
+            return values
+        return None
+
+    def rounds(self) -> list[int]:
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.safetensors"))
+
+    def _path(self, round: int) -> Path:
+        return self.folder / f"round-{round:06d}.safetensors"

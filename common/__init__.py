@@ -1,0 +1,1 @@
+"""What both sides agree on and nothing else: the learning core, its configuration and its file formats."""

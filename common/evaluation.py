@@ -1,0 +1,58 @@
+"""Running predictors over images, with one pass for all heads on the same backbone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.images import Images
+from common.methods.method import Predictor
+from common.metrics import Groups, measure
+from common.realign import masked
+
+
+class FeatureCache:
+    """Features of a fixed test set. Those of the `shared` backbone are computed once for all its heads.
+
+    Valid only while the shared backbone does not change: make a new one for every evaluation.
+    """
+
+    def __init__(self, images: Images, device: torch.device, batch: int, shared: nn.Module | None) -> None:
+        self.images = images
+        self._device = device
+        self._batch = batch
+        self._shared = shared
+        self._all: Tensor | None = None
+
+    def of(self, features: nn.Module, index: Tensor) -> Tensor:
+        if features is not self._shared:
+            return self._compute(features, index)
+        if self._all is None:
+            self._all = self._compute(features, torch.arange(len(self.images)))
+        return self._all[index.to(self._all.device)]
+
+    @torch.no_grad()
+    def _compute(self, features: nn.Module, index: Tensor) -> Tensor:
+        features.eval()
+        return torch.cat([features(x) for x, _ in self.images.batches(index, self._batch, self._device)])
+
+
+@torch.no_grad()
+def evaluate(
+    predictors: dict[str, Predictor],
+    cache: FeatureCache,
+    index: Tensor,
+    by: Sequence[Groups],
+    support: Tensor | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Every predictor on the images of `index`; with `support`, only among the classes it names."""
+    y = cache.images.labels[index]
+    found = {}
+    for name, predictor in predictors.items():
+        predictor.head.eval()
+        logits = predictor.head(cache.of(predictor.features, index)).float().cpu() if len(index) else None
+        if logits is None:
+            continue
+        found[name] = measure(logits if support is None else masked(logits, support), y, by)
+    return found

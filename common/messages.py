@@ -1,0 +1,32 @@
+"""What the server asks of a site and what a site answers, before any encoding for the wire."""
+
+from dataclasses import dataclass, field
+
+from common.parts import Tensors
+
+SCHEMA = 1  # raised whenever the meaning of a field below changes
+
+
+@dataclass(frozen=True)
+class Order:
+    """Train one round from these parts."""
+
+    round: int
+    model: str  # digest of the shared parts, echoed in the reply
+    shared: dict[str, Tensors]
+    fixed: dict[str, Tensors]
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One site's round. Local parts are not in it: they never leave the site."""
+
+    client: str
+    round: int
+    model: str  # digest of the model it was trained from
+    examples: int  # weight of the reply in the mean
+    shared: dict[str, Tensors]
+    sums: Tensors = field(default_factory=dict)  # a method's statistics; the server only ever sees their sum
+    metrics: dict[str, float] = field(default_factory=dict)
+    schema: int = SCHEMA

@@ -1,0 +1,46 @@
+"""FedAvg with balanced softmax: Balanced Meta-Softmax for Long-Tailed Visual Recognition, Ren et al., NeurIPS 2020.
+
+Shared: backbone, global_head, class_prior (only with `prior = "global"`). Fixed: nothing. Local: nothing.
+The head is trained on logits + log prior, so the logits themselves assume a flat prior. `prior = "local"` uses
+the site's own class counts, which stay there; `prior = "global"` the federation's (common/methods/prior.py), which
+reveals class frequencies to the server and is therefore not the default. A head without a prior must be given
+the site's own before use: the personal result is the tuned head.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+from common import tune
+from common.errors import UsageError
+from common.losses import balanced_softmax, log_prior
+from common.methods import prior
+from common.methods.fedavg import Criterion, FedAvg
+from common.methods.method import Predictor, Site
+from common.net import Maker, Net, Task
+
+
+@dataclass(frozen=True)
+class Balanced(FedAvg):
+    name: ClassVar[str] = "balanced"
+
+    prior: Literal["local", "global"] = "local"
+
+    def __post_init__(self) -> None:
+        if self.probes and self.prior == "global":
+            raise UsageError("method.probes = true and method.prior = 'global' would exchange the prior twice: use one")
+
+    def makers(self, task: Task) -> dict[str, Maker]:
+        made = super().makers(task)
+        if self.prior == "global":
+            made[prior.PART] = lambda _: prior.ClassPrior(len(task.classes))
+        return made
+
+    def criterion(self, net: Net, site: Site) -> Criterion:
+        log_p = log_prior(site.counts) if self.prior == "local" else prior.exchange(net, site)
+        return partial(balanced_softmax, prior=log_p)
+
+    def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
+        backbone, head = net["backbone"], net["global_head"]
+        tuned = tune.head(backbone, head, site, site.task.config.evaluation.tune_epochs)
+        return {"tuned": Predictor(backbone, tuned), "global": Predictor(backbone, head)}

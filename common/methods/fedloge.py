@@ -1,0 +1,124 @@
+"""FedLoGe: Joint Local and Global Imbalance Learning, Xiao et al., ICLR 2024.
+
+Shared: backbone, global_head (psi). Fixed: frame (W, the sparse simplex frame SSE-C). Local: local_head (phi).
+The frame alone trains the backbone; psi and phi learn on detached features, so one backward pass over the sum of
+the three losses and one SGD over all three groups give the published three-optimiser update. Afterwards both
+heads are realigned by their norms (common/realign.py).
+Differs from the authors' code: the frame has no (random, untrained) bias and exists for any number of classes,
+classes a site never trained on are masked by its training data (theirs: by its test data). Options beyond the
+paper, off by default: `psi_loss = "balanced"` trains psi with balanced softmax, `count_aware` averages every row
+of psi by the sites' samples of that class instead of by all their samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import frame, realign
+from common.losses import balanced_softmax, log_prior
+from common.methods.method import Method, Phase, Predictor, ServerState, Site
+from common.net import Maker, Net, Task
+from common.parts import Tensors
+
+
+class FrameHead(nn.Module):
+    """Logits W f of the fixed frame: W is a buffer, so no optimiser can ever hold it."""
+
+    weight: Tensor
+
+    def __init__(self, classes: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(classes, dim))
+
+    def forward(self, f: Tensor) -> Tensor:
+        return F.linear(f, self.weight)
+
+
+@dataclass(frozen=True)
+class FedLoGe(Method):
+    name: ClassVar[str] = "fedloge"
+    shared: ClassVar[frozenset[str]] = frozenset({"backbone", "global_head"})
+    fixed: ClassVar[frozenset[str]] = frozenset({"frame"})
+    local: ClassVar[frozenset[str]] = frozenset({"local_head"})
+
+    psi_loss: Literal["plain", "balanced"] = "plain"
+    count_aware: bool = False
+
+    def makers(self, task: Task) -> dict[str, Maker]:
+        return {
+            "backbone": lambda _: task.backbone(),
+            "frame": lambda dim: FrameHead(len(task.classes), dim),
+            "global_head": task.head,
+            "local_head": task.head,
+        }
+
+    def init(self, net: Net, task: Task) -> ServerState:
+        """The server solves the frame once; sites get it from the server and check its digest."""
+        knobs = task.config.frame
+        spec = frame.FrameSpec(
+            dim=net.feature_dim,
+            classes=len(task.classes),
+            norm=knobs.norm,
+            sparsity=knobs.sparsity,
+            solver=knobs.solver,
+            seed=knobs.seed,
+        )
+        net.load({"frame": {"weight": frame.build(spec).weight}})
+        return super().init(net, task)
+
+    def phases(self, net: Net, site: Site) -> Sequence[Phase]:
+        del net
+        prior = log_prior(site.counts)
+
+        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
+            f = net.features(x)
+            stopped = f.detach()
+            psi = net["global_head"](stopped)
+            of_psi = balanced_softmax(psi, y, prior) if self.psi_loss == "balanced" else F.cross_entropy(psi, y)
+            return F.cross_entropy(net["frame"](f), y) + of_psi + F.cross_entropy(net["local_head"](stopped), y)
+
+        return [Phase(("backbone", "global_head", "local_head"), loss, site.task.config.train.epochs)]
+
+    def extra(self, net: Net, site: Site) -> Tensors:
+        if not self.count_aware:
+            return {}
+        head = net["global_head"]
+        assert isinstance(head, nn.Linear)
+        n = site.counts.to(head.weight)
+        return {"n": n, "weight": head.weight.detach() * n[:, None], "bias": head.bias.detach() * n}
+
+    def update(self, state: ServerState, mean: dict[str, Tensors], sums: Tensors, net: Net) -> ServerState:
+        state = super().update(state, mean, sums, net)
+        if not self.count_aware:
+            return state
+        seen = sums["n"] > 0  # a row no site of this round has samples of keeps the plain mean
+        n = sums["n"].clamp_min(1)
+        plain = mean["global_head"]
+        head = {
+            "weight": torch.where(seen[:, None], sums["weight"] / n[:, None], plain["weight"]),
+            "bias": torch.where(seen, sums["bias"] / n, plain["bias"]),
+        }
+        return replace(state, parts={**state.parts, "global_head": head})
+
+    def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
+        backbone, psi = net["backbone"], _linear(net["global_head"])
+        return {
+            "psi realigned": Predictor(backbone, realign.realigned(psi, task.config.evaluation.gain)),
+            "psi": Predictor(backbone, psi),
+            "frame": Predictor(backbone, net["frame"]),
+        }
+
+    def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
+        del site
+        backbone, psi, phi = net["backbone"], _linear(net["global_head"]), _linear(net["local_head"])
+        heads = {**realign.personal_heads(psi, phi), "phi": phi, "psi": psi, "frame": net["frame"]}
+        return {name: Predictor(backbone, head) for name, head in heads.items()}
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module

@@ -1,0 +1,126 @@
+"""The protocol behind which every method stands, and the defaults most of them share.
+
+A method is stateless: a frozen dataclass whose fields are its knobs. It says which parts exist and who holds
+them, which phases a local round has and which parts each phase trains with which loss, how the server turns the
+mean of the replies into its next state, and which predictors come out. It never touches optimisers, batches,
+files or the network.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from common.images import Images
+from common.net import Maker, Net, Task
+from common.parts import Tensors, snapshot
+from common.seeds import generator
+
+Loss = Callable[[Net, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some epochs in which exactly the listed parts change. A part not listed is in no optimiser."""
+
+    train: tuple[str, ...]
+    loss: Loss
+    epochs: int
+    lr: float | None = None  # None: train.lr
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site in one round, as far as a method may know it. Nothing of it leaves the site."""
+
+    name: str
+    task: Task
+    images: Images
+    train: Tensor  # index of its training images
+    counts: Tensor  # its training images per class
+    round: int
+    device: torch.device
+    notes: Tensors = field(default_factory=dict)  # what a method's `phases` leaves for its `extra` in this round
+
+    def batches(self, *stream: str | int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One shuffled, augmented pass over the training images, the same for the same stream."""
+        config = self.task.config
+        rng = generator(config.seed, "batches", self.round, self.name, *stream)
+        return self.images.batches(self.train, config.train.batch, self.device, rng)
+
+    @property
+    def support(self) -> Tensor:
+        """Classes the site has trained on."""
+        return self.counts > 0
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A classifier as features and a head on them, so that heads on one backbone can share its pass."""
+
+    features: nn.Module
+    head: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All the server carries from one round to the next."""
+
+    round: int
+    parts: dict[str, Tensors]  # shared and fixed
+    extra: Tensors = field(default_factory=dict)  # a method's own
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    name: ClassVar[str]
+    shared: ClassVar[frozenset[str]] = frozenset()  # averaged every round
+    fixed: ClassVar[frozenset[str]] = frozenset()  # made once by the server, sent once
+    local: ClassVar[frozenset[str]] = frozenset()  # never leave the site
+
+    @abstractmethod
+    def makers(self, task: Task) -> dict[str, Maker]:
+        """How each part is made, `backbone` first."""
+
+    @abstractmethod
+    def phases(self, net: Net, site: Site) -> Sequence[Phase]:
+        """The local round. `net` holds the received and the site's own values at its start."""
+
+    def start(self, net: Net) -> None:  # noqa: B027 (a hook: most methods need none)
+        """Called once at a site that has no local parts yet, after the first shared parts came in."""
+
+    def extra(self, net: Net, site: Site) -> Tensors:  # noqa: ARG002
+        """Statistics to send with the reply; the server gets their sum over the round's sites."""
+        return {}
+
+    def init(self, net: Net, task: Task) -> ServerState:
+        """The server's state before round 1. A method with fixed parts makes them here."""
+        del task
+        parts = net.parts()
+        keep = (self.shared | self.fixed) & parts.keys()
+        return ServerState(round=0, parts={part: snapshot(parts[part]) for part in sorted(keep)})
+
+    def update(self, state: ServerState, mean: dict[str, Tensors], sums: Tensors, net: Net) -> ServerState:
+        """The next state from the weighted mean of the shared parts. `net` is a workspace to compute in."""
+        del sums, net
+        return replace(state, parts={**state.parts, **mean})
+
+    @abstractmethod
+    def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
+        """Predictors for everybody, from the server's parts alone; the first is the method's own result."""
+
+    @final
+    def served(self, net: Net, task: Task) -> dict[str, Predictor]:
+        """`generic`, or nothing where BatchNorm stays at the sites: the server then has no statistics of its own."""
+        return {} if "norms" in net.parts() else self.generic(net, task)
+
+    @abstractmethod
+    def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
+        """Predictors for one site; the first is the method's own result. Masked by train support outside."""

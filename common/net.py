@@ -1,0 +1,126 @@
+"""A backbone with the heads on it, seen as named parts.
+
+A part is a named group of tensors (`backbone`, `frame`, `global_head`, `local_head`, ...). A method says which
+parts are shared, fixed or local; everything else (training, aggregation, files, the wire) handles parts and
+does not care what is inside. With BatchNorm kept at the site, the tensors of the backbone's BatchNorm layers
+form a part of their own, `norms`, which no method shares.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from common import models
+from common.config import Config
+from common.parts import Tensors, load, tensors
+from common.seeds import isolated
+
+if TYPE_CHECKING:
+    from common.methods.method import Method
+
+Maker = Callable[[int], nn.Module]  # feature dimension -> a freshly initialised module
+
+
+@dataclass(frozen=True)
+class Task:
+    """What everybody in a federation must agree on to build the same net."""
+
+    config: Config
+    classes: tuple[str, ...]
+    channels: int
+    side: int
+
+    def backbone(self) -> nn.Module:
+        return models.build(self.config.model, self.channels, self.side)
+
+    def head(self, dim: int) -> nn.Module:
+        return nn.Linear(dim, len(self.classes))
+
+
+class Net(nn.Module):
+    """The modules of a method by part; `backbone` is always there."""
+
+    def __init__(self, modules: dict[str, nn.Module], norms_apart: bool) -> None:
+        super().__init__()
+        self.by_part = nn.ModuleDict(modules)
+        self._norms = models.norm_names(modules["backbone"]) if norms_apart else frozenset()
+
+    def __getitem__(self, part: str) -> nn.Module:
+        return self.by_part[part]
+
+    @property
+    def feature_dim(self) -> int:
+        return int(self["backbone"].feature_dim)  # type: ignore[arg-type]
+
+    def features(self, x: Tensor) -> Tensor:
+        f: Tensor = self["backbone"](x)
+        return f
+
+    def parts(self) -> dict[str, Tensors]:
+        """The live tensors of every part."""
+        found = {part: tensors(module) for part, module in self.by_part.items()}
+        if self._norms:
+            backbone = found["backbone"]
+            found["norms"] = {name: backbone[name] for name in backbone if name in self._norms}
+            found["backbone"] = {name: backbone[name] for name in backbone if name not in self._norms}
+        return found
+
+    def load(self, values: dict[str, Tensors]) -> None:
+        """Copy the given parts in; the others stay as they are."""
+        mine = self.parts()
+        for part, given in values.items():
+            load(mine[part], given)
+
+    def train_only(self, parts: Collection[str]) -> list[nn.Parameter]:
+        """Put `parts` in training mode and freeze the rest altogether: no gradient, no moving statistic."""
+        parameters = []
+        for part, module in self.by_part.items():
+            trained = part in parts
+            module.train(trained)
+            for parameter in module.parameters():
+                parameter.requires_grad_(trained)
+                if trained:
+                    parameters.append(parameter)
+        return parameters
+
+
+def build(method: "Method", task: Task) -> Net:
+    """The net of `method` with the federation's common initial values.
+
+    Every part is initialised on a stream of its own, so methods that share a part start it from the same
+    values and comparisons are paired.
+    """
+    made = {}
+    dim = 0
+    for part, make in method.makers(task).items():
+        with isolated(task.config.seed, "init", part):
+            made[part] = make(dim)
+        dim = dim or int(made["backbone"].feature_dim)  # type: ignore[arg-type]
+    return Net(made, norms_apart=task.config.model.norm == "local")
+
+
+def fresh(method: "Method", task: Task, net: Net, parts: Iterable[str], client: str) -> dict[str, Tensors]:
+    """Initial values of a client's local parts: from its own stream, so no two sites start alike."""
+    found: dict[str, Tensors] = {}
+    makers = method.makers(task)
+    names = net.parts()
+    for part in parts:
+        make = makers["backbone" if part == "norms" else part]  # BatchNorm's first values are not random
+        with isolated(task.config.seed, "init", part, client):
+            found[part] = tensors(make(net.feature_dim), names[part])
+    return found
+
+
+def roles(method: "Method", net: Net) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """(shared, fixed, local) parts that `net` really has; whatever is neither shared nor fixed stays local."""
+    parts = frozenset(net.parts())
+    return parts & method.shared, parts & method.fixed, parts - method.shared - method.fixed
+
+
+def best_device(wish: str) -> torch.device:
+    if wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wish)

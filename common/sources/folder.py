@@ -1,0 +1,50 @@
+"""A folder with one subfolder for every class; images lie anywhere below it.
+
+DIR/CLASS/image.jpg, or DIR/train/CLASS/image.jpg with DIR/test/CLASS/image.jpg (or val) beside it: `train` means the
+training set if nothing but train, test and val folders are there. Without a test folder `data.test_share` of every
+class is put aside. Hidden files and files that are no images by their name are passed over.
+"""
+
+import os
+from pathlib import Path
+
+from common.config import DataConfig
+from common.errors import UserError
+from common.images import Split
+from common.sources import files
+
+
+def load(config: DataConfig, classes: tuple[str, ...] = ()) -> Split:
+    root = Path(config.path)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder: name one with a subfolder of images for every class")
+    sets = {entry.name for entry in _subfolders(root)}
+    if "train" in sets and sets <= {"train", "test", "val"}:
+        test = next((root / name for name in ("test", "val") if name in sets), None)
+        return files.load(_list(root / "train"), None if test is None else _list(test), config, classes)
+    return files.load(_list(root), None, config, classes)
+
+
+def _subfolders(root: Path) -> list[Path]:
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _list(root: Path) -> files.Listing:
+    paths, names = [], []
+    for folder in _subfolders(root):
+        for path in find(folder):
+            paths.append(path)
+            names.append(folder.name)
+    if not paths:
+        raise UserError(f"{root}: no image in any subfolder: put images of class NAME into {root / 'NAME'}")
+    return files.Listing(paths, names)
+
+
+def find(root: Path) -> list[str]:
+    """Every image file below `root`, in an order that does not depend on the file system."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        images = (name for name in names if Path(name).suffix.lower() in files.SUFFIXES)
+        found += [str(Path(folder, name)) for name in sorted(images) if not name.startswith(".")]
+    return found

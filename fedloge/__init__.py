@@ -1,0 +1,1 @@
+"""The command: composes server, client and common."""

@@ -1,0 +1,70 @@
+"""The server's state after every round, in one file each: whole or not there, verified when read.
+
+A file holds the parts, the method's own tensors, the history and the configuration. The newest `keep` are kept;
+one that is damaged is passed over, said so, and the one before is used.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import parts
+from common.methods.method import ServerState
+from common.parts import Corrupt, Tensors
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    state: ServerState
+    history: list[dict[str, Any]]  # one entry a round
+    config: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int, durable: bool = True) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.state
+    flat = {f"part/{part}/{name}": t for part, group in state.parts.items() for name, t in group.items()}
+    flat |= {f"extra/{name}": t for name, t in state.extra.items()}
+    path = folder / f"round-{state.round:06d}.safetensors"
+    about = {
+        "round": str(state.round),
+        "history": json.dumps(checkpoint.history),
+        "config": json.dumps(checkpoint.config),
+    }
+    parts.save(path, flat, about, durable=durable)
+    for old in _files(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None when there is none."""
+    for path in reversed(_files(folder)):
+        try:
+            return read(path)
+        except Corrupt as error:
+            log.warning("%s; the previous checkpoint is used", error)
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    flat, about = parts.read(path)
+    groups: dict[str, Tensors] = {}
+    extra: Tensors = {}
+    for key, t in flat.items():
+        kind, _, rest = key.partition("/")
+        if kind == "extra":
+            extra[rest] = t
+        else:
+            part, _, name = rest.partition("/")
+            groups.setdefault(part, {})[name] = t
+    state = ServerState(round=int(about["round"]), parts=groups, extra=extra)
+    return Checkpoint(state, json.loads(about["history"]), json.loads(about["config"]))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*.safetensors"))
