@@ -11,7 +11,7 @@ from common.images import Images
 from common.messages import Order, Reply
 from common.methods.method import Method, Site
 from common.net import Net, Task, fresh, roles
-from common.parts import Tensors, snapshot
+from common.parts import Tensors
 from common.seeds import isolated
 
 
@@ -30,10 +30,15 @@ class Participant:
     device: torch.device
 
     def site(self, round: int) -> Site:
-        return Site(self.name, self.task, self.images, self.train_index, self.counts, round, self.device)
+        return Site(
+            self.name, self.task, self.images, self.train_index, self.counts.to(self.device), round, self.device
+        )
 
     def handle(self, order: Order) -> Reply:
-        """Train one round from the order's parts, keep the local parts, return the shared ones."""
+        """Train one round from the order's parts, keep the local parts, return the shared ones.
+
+        The reply's tensors are the workspace's own, so they are good until the next order: fold or encode them first.
+        """
         self.prepare({**order.shared, **order.fixed}, before=order.round)
         shared, _, local = roles(self.method, self.net)
         site = self.site(order.round)
@@ -43,13 +48,13 @@ class Participant:
         sums = self.method.extra(self.net, site)
         mine = self.net.parts()
         if local:
-            self.store.save(order.round, {part: snapshot(mine[part]) for part in sorted(local)})
+            self.store.save(order.round, {part: mine[part] for part in sorted(local)})
         return Reply(
             client=self.name,
             round=order.round,
             model=order.model,
             examples=len(self.train_index),
-            shared={part: snapshot(mine[part]) for part in sorted(shared)},
+            shared={part: mine[part] for part in sorted(shared)},
             sums=sums,
             metrics=metrics,
         )

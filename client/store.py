@@ -22,8 +22,14 @@ class Store:
     def save(self, round: int, values: dict[str, Tensors]) -> None:
         flat = {f"{part}/{name}": t for part, group in values.items() for name, t in group.items()}
         parts.save(self._path(round), flat, {"round": str(round)}, durable=self.durable)
+        self.rewind(round)
         for old in self.rounds()[: -self.keep]:
             self._path(old).unlink()
+
+    def rewind(self, round: int) -> None:
+        """Forget what came after `round`: the server went back to it and the later rounds will be run again."""
+        for later in [r for r in self.rounds() if r > round]:
+            self._path(later).unlink()
 
     def load(self, before: int) -> dict[str, Tensors] | None:
         """The newest readable local parts of a round earlier than `before`; None when there are none."""

@@ -1,9 +1,16 @@
 """One local round: the method's phases on the site's data."""
 
+import math
+
 import torch
 
+from common.errors import UserError
 from common.methods.method import Method, Phase, Site
 from common.net import Net
+
+
+class Diverged(UserError):
+    """The loss is no number any more: what was trained must be neither kept nor sent."""
 
 
 def train(net: Net, method: Method, site: Site) -> dict[str, float]:
@@ -43,4 +50,7 @@ def run_phase(net: Net, phase: Phase, site: Site, number: int) -> float:
             optimizer.step()
             total += loss.detach() * len(y)  # stays on the device: no synchronisation in the loop
             seen += len(y)
-    return float(total) / max(seen, 1)
+    mean = float(total) / max(seen, 1)
+    if not math.isfinite(mean):
+        raise Diverged(f"training diverged (the loss of phase {number} is {mean}): use a smaller train.lr")
+    return mean

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LARGEST = 2**63  # no key means anything beyond
+SEEDS = 2**32  # the legacy numpy stream, on which the published partition is drawn, has this many seeds
+
 
 def require(holds: bool, key: str, value: object, allowed: str) -> None:
     """Refuse `key = value` unless `holds`; `allowed` tells the reader which values are fine."""
@@ -74,7 +77,7 @@ class PartitionConfig:
         )
         require(self.alpha > 0, "partition.alpha", self.alpha, "a number above 0")
         require(self.shards >= 1, "partition.shards", self.shards, "1 or more")
-        require(self.seed >= 0, "partition.seed", self.seed, "0 or more")
+        require(0 <= self.seed < SEEDS, "partition.seed", self.seed, "a number from 0 to 2^32 - 1")
         require(0 <= self.holdout < 1, "partition.holdout", self.holdout, "a number in [0, 1)")
         require(self.local_test >= 1, "partition.local_test", self.local_test, "1 or more")
 
@@ -100,6 +103,7 @@ class FrameConfig:
     def __post_init__(self) -> None:
         require(self.norm > 0, "frame.norm", self.norm, "a number above 0")
         require(0 <= self.sparsity < 1, "frame.sparsity", self.sparsity, "a number in [0, 1)")
+        require(0 <= self.seed < LARGEST, "frame.seed", self.seed, "a number from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ class FederationConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     every: int = 5  # rounds between evaluations; the last round is always evaluated
+    start: int = 1  # no evaluation before this round
     last: int = 4  # evaluations at the end that a result is the mean of
     batch: int = 500
     gain: float = 1.7  # length of the rows of the realigned generic head
@@ -155,6 +160,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "1 or more")
+        require(self.start >= 1, "evaluation.start", self.start, "1 or more")
         require(self.last >= 1, "evaluation.last", self.last, "1 or more")
         require(self.batch >= 1, "evaluation.batch", self.batch, "1 or more")
         require(self.gain > 0, "evaluation.gain", self.gain, "a number above 0")
@@ -224,7 +230,7 @@ def parse(table: Mapping[str, Any]) -> Config:
 
     method = dict(_table(table.get("method", {}), "method"))
     name = method.pop("name", "fedloge")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise UsageError(f"method.name = {name!r} is not a method: use one of {', '.join(sorted(METHODS))}")
     rest = {key: value for key, value in table.items() if key != "method"}
     return _build(Config, rest, "", method=_build(METHODS[name], method, "method."))
@@ -280,13 +286,13 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         allowed = get_args(hint)
         require(value in allowed, key, value, "one of " + ", ".join(map(str, allowed)))
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
         return float(value)
     if get_origin(hint) is types.UnionType:
         raise AssertionError(f"{key}: configuration fields have one type")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         words = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
         raise UsageError(f"{key} = {value!r} has the wrong type: use {words.get(hint, hint)}")
-    if isinstance(value, float) and math.isnan(value):
-        raise UsageError(f"{key} = nan is not a number: use a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{key} = {value} is not possible: use a finite number")
     return value

@@ -54,5 +54,5 @@ def evaluate(
         logits = predictor.head(cache.of(predictor.features, index)).float().cpu() if len(index) else None
         if logits is None:
             continue
-        found[name] = measure(logits if support is None else masked(logits, support), y, by)
+        found[name] = measure(logits if support is None else masked(logits, support.cpu()), y, by)
     return found

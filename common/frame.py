@@ -5,7 +5,7 @@ beyond that the smallest angle is made as large as the budget allows. Guarantees
 
 - exactly int(sparsity * dim * classes) entries are zero, at places that depend only on (dim, classes, sparsity,
   seed) and are the same on every machine and with every library version;
-- with the solvers `gram` and `lse` every row has the asked length to the rounding of one fp32 division;
+- with the solvers `gram` and `lse` every row has the asked length to fp32 rounding;
 - a support on which the simplex cannot exist is refused, naming the condition that fails, unless `best_effort`.
 
 The values themselves are the end of a non-convex search and may differ between machines. So one side builds the

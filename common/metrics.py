@@ -64,6 +64,8 @@ def calibration_error(logits: Tensor, y: Tensor, bins: int = CALIBRATION_BINS) -
     if len(y) == 0:
         return None
     confidence, predicted = torch.softmax(logits.double(), dim=1).max(dim=1)
+    if confidence.isnan().any():  # a model that diverged has no confidence
+        return None
     hit = (predicted == y).double()
     where = (confidence * bins).long().clamp_max(bins - 1)
     gap = torch.zeros(bins, dtype=torch.double).index_add_(0, where, confidence - hit)

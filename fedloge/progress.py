@@ -1,16 +1,17 @@
-"""A line on standard error that says where a run is: a bar on a terminal, a line a round in a log file."""
+"""A line on standard error that says where a run is: a bar on a terminal, some lines in a log file."""
 
 import sys
 import time
 from typing import Any, TextIO
 
 WIDTH = 24
+LINES = 30  # in a log file, for a whole run
 
 
 class ProgressLine:
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
-        self._live = stream.isatty()
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
         self._began = time.monotonic()
         self._first: int | None = None
 
@@ -18,6 +19,8 @@ class ProgressLine:
         """`evaluation` is the newest one; its first predictors are the ones shown."""
         if self._first is None:
             self._first = round - 1
+        if not (self._live or round == rounds or round * LINES // rounds > (round - 1) * LINES // rounds):
+            return
         elapsed = time.monotonic() - self._began
         left = elapsed / (round - self._first) * (rounds - round)
         done = WIDTH * round // rounds

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from common.errors import UserError
 from common.messages import Order, Reply
 
 
@@ -60,8 +61,11 @@ class _LocalExchange:
         del timeout
         if not self._waiting:
             return None
-        _, handle = self._waiting.pop(0)
-        return handle(self._order)
+        name, handle = self._waiting.pop(0)
+        try:
+            return handle(self._order)
+        except UserError as error:  # as over a network: the site's trouble is not the federation's
+            return Failure(name, str(error))
 
     def close(self) -> None:
         self._waiting = []

@@ -35,11 +35,11 @@ class Fold:
             into = self._total.setdefault(part, {})
             for name, t in values.items():
                 if name in into:
-                    into[name].add_(t, alpha=reply.examples)
+                    into[name].add_(t.detach(), alpha=reply.examples)
                 else:
-                    into[name] = t * reply.examples
+                    into[name] = t.detach() * reply.examples
         for name, t in reply.sums.items():
-            self._sums[name] = self._sums[name] + t if name in self._sums else t
+            self._sums[name] = self._sums[name] + t if name in self._sums else t.clone()
         self.examples += reply.examples
         self.clients.append(reply.client)
 
@@ -72,7 +72,8 @@ class Fold:
             raise Refused("its statistics have other names or shapes than the other sites'")
         for values in [*reply.shared.values(), reply.sums]:
             for name, t in values.items():
-                if not torch.isfinite(t).all():
+                # a sum is finite only if all values are; should finite ones overflow it, look at each
+                if not torch.isfinite(t.sum()) and not torch.isfinite(t).all():
                     raise Refused(f"{name} has values that are not finite")
         if self._max_update > 0:
             norm = self._distance(reply)

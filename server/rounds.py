@@ -116,6 +116,7 @@ def one_round(
         waiting.discard(answer.client)
         if isinstance(answer, Failure):
             refused[answer.client] = answer.reason
+            log.warning("round %d: %s failed: %s", number, answer.client, answer.reason)
             continue
         try:
             fold.add(answer)

@@ -34,6 +34,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 KEPT = 256 << 20  # bytes of decoded images up to which a set is kept in memory
 ZOOM = 7 / 8  # part of an image seen without augmentation by a model trained on resized crops (224 of 256)
 
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+
 Row = Sequence[float]
 
 
@@ -166,7 +168,7 @@ def decode(path: str, side: int, row: Row | None = None, zoom: float = 1.0, exac
             rgb = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: put it there or take it out of the list") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read as an image ({error}): replace or remove it") from None
     pixels = np.asarray(rgb)
     return pixels[:, ::-1] if row is not None and row[4] < 0.5 else pixels
@@ -195,7 +197,7 @@ def _side(path: str) -> int:
             return image.width
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: put it there or take it out of the list") from None
-    except OSError as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read as an image ({error}): replace or remove it") from None
 
 

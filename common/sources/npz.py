@@ -65,10 +65,10 @@ def _images(file: _File, moments: _File, classes: tuple[str, ...], config: DataC
 
 def _read(path: Path) -> _File:
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
-        with file:
+        with path.open("rb") as stream:  # numpy leaves a file it cannot read open
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
             arrays: dict[str, NDArray[Any]] = dict(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: name an .npz file with images and labels") from None

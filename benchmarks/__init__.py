@@ -1,0 +1,1 @@
+"""Measurements: experiment files, records of what they gave, and the tables made from records."""

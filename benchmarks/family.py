@@ -1,0 +1,96 @@
+"""Run a family of experiments: every method and seed that belongs together, what is missing of it.
+
+    python -m benchmarks.family cpu-scale --data FOLDER [--jobs 2] [--only fedloge] [--list]
+
+Runs go to `runs/FAMILY/NAME`; each resumes where it stopped, finished ones are skipped, and every finished run
+becomes a record. FOLDER is what the experiment's source reads (for CIFAR-10 the folder of cifar-10-batches-py).
+"""
+
+import argparse
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import records
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+THREE = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a family's table: the experiment file with some keys set, for some seeds."""
+
+    name: str
+    seeds: tuple[int, ...]
+    method: str
+    settings: tuple[str, ...] = ()
+
+
+# FedAvg needs no run of its own: fedavg-ft trains it to the bit (a test says so) and reports its global model too.
+CPU_SCALE = (
+    Row("fedavg-ft", THREE, "fedavg-ft", ("method.probes=true",)),
+    Row("fedloge-norm1", THREE, "fedloge"),
+    Row("fedloge-norm0.1", THREE, "fedloge", ("frame.norm=0.1",)),
+    Row("balanced", THREE, "balanced", ("method.prior=global",)),
+    Row("fedrod", THREE, "fedrod"),
+    Row("local", (1,), "local"),
+    Row("fedprox", (1,), "fedprox"),
+    Row("fedper", (1,), "fedper"),
+    Row("fedrep", (1,), "fedrep"),
+    Row("fedbabu", (1,), "fedbabu"),
+    Row("fedbn", (1,), "fedbn", ("model.norm=local",)),
+    Row("ditto", (1,), "ditto"),
+    Row("apfl", (1,), "apfl"),
+    Row("fedlc", (1,), "fedlc"),
+    Row("fedetf", (1,), "fedetf"),
+    Row("creff", (1,), "creff"),
+)
+FAMILIES = {"cpu-scale": CPU_SCALE}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=sorted(FAMILIES))
+    parser.add_argument("--data", required=True, help="the folder or file of the data")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
+    parser.add_argument("--list", action="store_true", help="print what is missing and leave")
+    options = parser.parse_args()
+    rows = [row for row in FAMILIES[options.family] if options.only in row.name]
+    # seed by seed: after the first pass every row has a result
+    todo = [(row, seed) for seed in THREE for row in rows if seed in row.seeds and not _recorded(options, row, seed)]
+    if options.list:
+        print("\n".join(f"{row.name}-s{seed}" for row, seed in todo))
+        return
+    with ThreadPoolExecutor(options.jobs) as pool:
+        failed = [name for name in pool.map(lambda item: _run(options, *item), todo) if name]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def _recorded(options: argparse.Namespace, row: Row, seed: int) -> bool:
+    return (records.RECORDS / options.family / f"{row.name}-s{seed}").exists()
+
+
+def _run(options: argparse.Namespace, row: Row, seed: int) -> str | None:
+    """Run or resume one experiment and record it; returns its name if it failed."""
+    name = f"{row.name}-s{seed}"
+    folder = options.runs / options.family / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "fedloge", "simulate", str(EXPERIMENTS / f"{options.family}.toml")]
+    command += ["--method", row.method, "--seed", str(seed), "--out", str(folder)]
+    for setting in (f"data.path={options.data}", *row.settings):
+        command += ["--set", setting]
+    with folder.with_suffix(".log").open("a", encoding="utf-8") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+    if code == 0:
+        print(records.add(options.family, folder), flush=True)
+    return None if code == 0 else name
+
+
+if __name__ == "__main__":
+    main()

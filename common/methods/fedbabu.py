@@ -1,0 +1,58 @@
+"""FedBABU: Toward Enhanced Representation for Federated Image Classification, Oh, Kim & Yun, ICLR 2022.
+
+Shared: backbone. Fixed: global_head. Local: nothing (the tuned copy is a result, not a state).
+The head keeps its random initial values, the same at all sites, for the whole run: only the backbone is trained
+and averaged. (Implementations that only zero the head's gradients still move it by weight decay; here it is in no
+optimiser.) Generic: the backbone under that head. Personal: fine-tuned from it at the end, the whole model as in
+the paper's main results, or with `tune = "head"` the head on features in evaluation mode. The number of epochs is
+`evaluation.tune_epochs`, as for every tuned model (paper: 5).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import tune
+from common.methods.method import Method, Phase, Predictor, Site
+from common.net import Maker, Net, Task
+from common.realign import realigned
+
+
+@dataclass(frozen=True)
+class FedBABU(Method):
+    name: ClassVar[str] = "fedbabu"
+    shared: ClassVar[frozenset[str]] = frozenset({"backbone"})
+    fixed: ClassVar[frozenset[str]] = frozenset({"global_head"})
+
+    tune: Literal["full", "head"] = "full"
+
+    def makers(self, task: Task) -> dict[str, Maker]:
+        return {"backbone": lambda _: task.backbone(), "global_head": task.head}
+
+    def phases(self, net: Net, site: Site) -> Sequence[Phase]:
+        del net
+
+        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(net["global_head"](net.features(x)), y)
+
+        return [Phase(("backbone",), loss, site.task.config.train.epochs)]
+
+    def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
+        backbone, head = net["backbone"], net["global_head"]
+        assert isinstance(head, nn.Linear)
+        return {
+            "head": Predictor(backbone, head),
+            "head realigned": Predictor(backbone, realigned(head, task.config.evaluation.gain)),
+        }
+
+    def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
+        epochs = site.task.config.evaluation.tune_epochs
+        backbone, head = net["backbone"], net["global_head"]
+        if self.tune == "head":
+            tuned = Predictor(backbone, tune.head(backbone, head, site, epochs))
+        else:
+            tuned = Predictor(*tune.whole(backbone, head, site, epochs))
+        return {"tuned": tuned, "global": Predictor(backbone, head)}

@@ -1,0 +1,38 @@
+"""FedLC: Federated Learning with Label Distribution Skew via Logits Calibration, Zhang et al., ICML 2022.
+
+Shared: backbone, global_head. Fixed: nothing. Local: nothing.
+FedAvg whose local loss is the cross-entropy of logits - tau n_c^(-1/4), n_c being the site's own class counts, which
+stay there. Classes a site lacks have an infinite margin and take no part in its softmax, so it never pushes them
+down: the limit of the formula. The margins are for training only. As with every such head, a site adapts it to its
+own classes before use: the personal result is the tuned head.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from common import tune
+from common.config import require
+from common.losses import calibrated
+from common.methods.fedavg import Criterion, FedAvg
+from common.methods.method import Predictor, Site
+from common.net import Net
+
+
+@dataclass(frozen=True)
+class FedLC(FedAvg):
+    name: ClassVar[str] = "fedlc"
+
+    tau: float = 1.0  # strength of the margins; the paper tunes it per data set
+
+    def __post_init__(self) -> None:
+        require(self.tau > 0, "method.tau", self.tau, "a number above 0")
+
+    def criterion(self, net: Net, site: Site) -> Criterion:
+        del net
+        return partial(calibrated, counts=site.counts, tau=self.tau)
+
+    def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
+        backbone, head = net["backbone"], net["global_head"]
+        tuned = tune.head(backbone, head, site, site.task.config.evaluation.tune_epochs)
+        return {"tuned": Predictor(backbone, tuned), **super().personal(net, site)}

@@ -1,0 +1,137 @@
+"""The sites of a simulated federation: their data, what they are judged on, and the models that come out."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from client.participant import Participant
+from client.store import Store
+from common import metrics, partition, parts, sources
+from common.config import Config
+from common.evaluation import FeatureCache, evaluate
+from common.images import Images
+from common.methods.method import Method, ServerState
+from common.net import Net, Task, best_device, build
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The sites of a simulated federation and what they are judged on."""
+
+    task: Task
+    net: Net
+    device: torch.device
+    images: Images  # training images of everybody
+    test: Images
+    sites: dict[str, Participant]
+    judged_on: dict[str, Tensor]  # per site: index into `test` (or into `images`, for the hold-out)
+    global_index: Tensor
+    groups: tuple[metrics.Groups, ...]
+
+
+def assemble(config: Config, folder: Path) -> Federation:
+    """Load the data, split it among sites and build the net; refuses what cannot work before anything is written."""
+    split = sources.load(config.data)
+    images, test = split.train, split.test
+    classes = images.classes
+    task = Task(config, classes, images.channels, images.side)
+    device = best_device(config.run.device)
+    net = build(config.method, task).to(device)
+    if config.train.layout == "channels_last":
+        net = net.to(memory_format=torch.channels_last)
+    indices = partition.split(images.labels, config.partition, images.groups)
+    names = [f"site-{number:03d}" for number in range(len(indices))]
+    kept, held = [], []
+    for name, index in zip(names, indices, strict=True):
+        mine, aside = partition.holdout(index, images.labels, config.partition.holdout, config.partition.seed, name)
+        kept.append(mine)
+        held.append(aside)
+    counts = [partition.counts(images.labels, index, len(classes)) for index in kept]
+    if config.evaluation.on == "holdout":
+        judged, target = held, images
+        global_index = torch.cat(held)
+    else:
+        judged = partition.local_test(
+            counts, len(images), test.labels, config.partition.local_test, config.partition.seed
+        )
+        target = test
+        global_index = torch.arange(len(test))
+    sites = {
+        name: Participant(
+            name=name,
+            task=task,
+            method=config.method,
+            net=net,
+            images=images,
+            train_index=index,
+            counts=count,
+            # a site may be a round ahead of the checkpoints, and the oldest of them must still find its local parts
+            store=Store(folder / "sites" / name, keep=config.run.keep + 1, durable=False),
+            device=device,
+        )
+        for name, index, count in zip(names, kept, counts, strict=True)
+    }
+    total = torch.stack(counts).sum(dim=0)
+    return Federation(
+        task=task,
+        net=net,
+        device=device,
+        images=images,
+        test=target,
+        sites=sites,
+        judged_on=dict(zip(names, judged, strict=True)),
+        global_index=global_index,
+        groups=metrics.groups([int(n) for n in total]),
+    )
+
+
+def judge(federation: Federation, method: Method, state: ServerState) -> dict[str, Any]:
+    """GM of every generic predictor, PM of every personal one, and of the generic ones at the sites."""
+    net, config = federation.net, federation.task.config
+    net.load(state.parts)
+    apart = "norms" in net.parts()  # then no two sites have the same features
+    cache = FeatureCache(
+        federation.test, federation.device, config.evaluation.batch, None if apart else net["backbone"]
+    )
+    generic = evaluate(method.served(net, federation.task), cache, federation.global_index, federation.groups)
+    personal: dict[str, dict[str, Any]] = {}
+    for name, participant in federation.sites.items():
+        participant.prepare(state.parts, before=state.round + 1)
+        site = participant.site(state.round)
+        found = evaluate(method.personal(net, site), cache, federation.judged_on[name], federation.groups, site.support)
+        for predictor, result in found.items():
+            personal.setdefault(predictor, {})[name] = result
+    return {
+        "generic": generic,
+        "personal": {name: metrics.over_sites(results, federation.groups) for name, results in personal.items()},
+        # their personal models hold untrained local parts
+        "never_trained": [name for name, site in federation.sites.items() if not site.has_trained()],
+    }
+
+
+def save_models(federation: Federation, method: Method, state: ServerState, folder: Path) -> None:
+    """The method's own generic and personal models. A personal file holds the backbone only where it is its own."""
+    net, about = federation.net, {"classes": json.dumps(federation.task.classes), "round": str(state.round)}
+    net.load(state.parts)
+    apart = "norms" in net.parts()
+    (folder / "personal").mkdir(parents=True, exist_ok=True)
+    for name, predictor in list(method.served(net, federation.task).items())[:1]:
+        tensors = {**_prefixed("backbone", predictor.features), **_prefixed("head", predictor.head)}
+        parts.save(folder / "generic.safetensors", tensors, {**about, "predictor": name})
+    for name, participant in federation.sites.items():
+        participant.prepare(state.parts, before=state.round + 1)
+        predictor_name, predictor = next(iter(method.personal(net, participant.site(state.round)).items()))
+        own = apart or predictor.features is not net["backbone"] or "backbone" not in state.parts
+        tensors = _prefixed("head", predictor.head)
+        if own:
+            tensors |= _prefixed("backbone", predictor.features)
+        note = {**about, "predictor": predictor_name, "backbone": "own" if own else "generic.safetensors"}
+        parts.save(folder / "personal" / f"{name}.safetensors", tensors, note, durable=False)
+
+
+def _prefixed(prefix: str, module: nn.Module) -> parts.Tensors:
+    return {f"{prefix}.{name}": t.detach() for name, t in parts.tensors(module).items()}
