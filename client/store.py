@@ -18,6 +18,7 @@ class Store:
         self.keep = keep
         self.durable = durable  # False: survives a killed process but not a power cut; for simulations
         folder.mkdir(parents=True, exist_ok=True)
+        parts.sweep(folder)
 
     def save(self, round: int, values: dict[str, Tensors]) -> None:
         flat = {f"{part}/{name}": t for part, group in values.items() for name, t in group.items()}

@@ -93,10 +93,7 @@ def judge(federation: Federation, method: Method, state: ServerState) -> dict[st
     """GM of every generic predictor, PM of every personal one, and of the generic ones at the sites."""
     net, config = federation.net, federation.task.config
     net.load(state.parts)
-    apart = "norms" in net.parts()  # then no two sites have the same features
-    cache = FeatureCache(
-        federation.test, federation.device, config.evaluation.batch, None if apart else net["backbone"]
-    )
+    cache = FeatureCache(federation.test, federation.device, config.evaluation.batch, common_backbone(net, state))
     generic = evaluate(method.served(net, federation.task), cache, federation.global_index, federation.groups)
     personal: dict[str, dict[str, Any]] = {}
     for name, participant in federation.sites.items():
@@ -113,19 +110,27 @@ def judge(federation: Federation, method: Method, state: ServerState) -> dict[st
     }
 
 
+def common_backbone(net: Net, state: ServerState) -> nn.Module | None:
+    """The backbone, where all sites have the same: it is shared, and so are its BatchNorm statistics."""
+    return net["backbone"] if "backbone" in state.parts and "norms" not in net.parts() else None
+
+
 def save_models(federation: Federation, method: Method, state: ServerState, folder: Path) -> None:
-    """The method's own generic and personal models. A personal file holds the backbone only where it is its own."""
+    """The method's own generic and personal models. A personal file leaves the backbone to generic.safetensors where
+    it is the same."""
     net, about = federation.net, {"classes": json.dumps(federation.task.classes), "round": str(state.round)}
     net.load(state.parts)
-    apart = "norms" in net.parts()
     (folder / "personal").mkdir(parents=True, exist_ok=True)
-    for name, predictor in list(method.served(net, federation.task).items())[:1]:
+    for place in (folder, folder / "personal"):
+        parts.sweep(place)
+    generic = list(method.served(net, federation.task).items())[:1]
+    for name, predictor in generic:
         tensors = {**_prefixed("backbone", predictor.features), **_prefixed("head", predictor.head)}
         parts.save(folder / "generic.safetensors", tensors, {**about, "predictor": name})
     for name, participant in federation.sites.items():
         participant.prepare(state.parts, before=state.round + 1)
         predictor_name, predictor = next(iter(method.personal(net, participant.site(state.round)).items()))
-        own = apart or predictor.features is not net["backbone"] or "backbone" not in state.parts
+        own = not generic or predictor.features is not common_backbone(net, state)
         tensors = _prefixed("head", predictor.head)
         if own:
             tensors |= _prefixed("backbone", predictor.features)

@@ -12,7 +12,6 @@ from types import FrameType
 from typing import NoReturn
 
 from common.errors import UserError
-from fedloge import experiments, frames
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -20,32 +19,37 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
+    debug = False
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        options = _parse(arguments)
+        debug = options.debug
+        level = logging.DEBUG if debug else logging.INFO
+        logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+        options.run(options)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"fedloge: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        stopped = "stopped; the state of the last finished round is kept, the same command goes on"
+        print(f"\nfedloge: {stopped}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    from fedloge import experiments, frames  # here, because torch takes seconds in which Ctrl-C should work already
+
     parser = argparse.ArgumentParser(
-        prog="fedloge",
-        description="One generic model for everybody and one personal model per site, federated.",
+        prog="fedloge", description="One generic model for everybody and one personal model per site, federated."
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for group in (experiments, frames):
         group.add_verbs(verbs)
-    options = parser.parse_args(arguments)
-    level = logging.DEBUG if options.debug else logging.INFO
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        options.run(options)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"fedloge: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(
-            "\nfedloge: stopped; the state of the last finished round is kept, the same command goes on",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    return parser.parse_args(arguments)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

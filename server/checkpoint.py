@@ -42,7 +42,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, durable: bool = True) 
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None when there is none."""
+    """The newest checkpoint that is whole; None when there is none. Nobody may be writing to `folder`."""
+    parts.sweep(folder)
     for path in reversed(_files(folder)):
         try:
             return read(path)

@@ -7,7 +7,6 @@ original bytes are ever unpickled.
 from pathlib import Path
 
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from common.config import DataConfig
 from common.errors import UsageError, UserError
@@ -21,6 +20,8 @@ MOMENTS = {
 
 
 def load(config: DataConfig, classes: tuple[str, ...] = ()) -> Split:
+    from torchvision.datasets import CIFAR10, CIFAR100  # here, because importing it takes seconds
+
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.source]
     root = Path(config.path)
     if root.name == kind.base_folder:

@@ -1,0 +1,36 @@
+"""A personal model for a site that comes after training.
+
+Nothing of the federation changes: backbone, frame and global head stay as they were received, and only the parts
+that are local by the method are trained, by the method's own phases. For FedLoGe that is the personal head phi,
+to which the norms are then transferred as for every other site.
+"""
+
+from dataclasses import replace
+
+from client.participant import Participant
+from client.train import run_phase
+from common.errors import UserError
+from common.methods.method import Predictor
+from common.net import roles
+from common.parts import Tensors
+
+
+def join(participant: Participant, received: dict[str, Tensors], after: int, rounds: int) -> dict[str, Predictor]:
+    """Train the site's local parts for as long as `rounds` rounds would, keep them as of round `after` and return
+    its personal predictors. `received` are the final shared and fixed parts."""
+    method, net = participant.method, participant.net
+    _, _, local = roles(method, net)
+    if "norms" in local:
+        raise UserError('model.norm = "local": a site can join after training only where BatchNorm is averaged')
+    participant.prepare(received, before=after)
+    site = participant.site(after)
+    for round in range(after, after + rounds):
+        site = participant.site(round)
+        for number, phase in enumerate(method.phases(net, site)):
+            own = tuple(part for part in phase.train if part in local)
+            if own:
+                run_phase(net, replace(phase, train=own), site, number)
+    if local:
+        mine = net.parts()
+        participant.store.save(after, {part: mine[part] for part in sorted(local)})
+    return method.personal(net, site)
