@@ -95,9 +95,9 @@ def _table(family: Path, kind: str) -> list[str]:
     rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for record in sorted(path for path in family.iterdir() if path.is_dir()):
         metrics = json.loads((record / "metrics.json").read_text(encoding="utf-8"))
-        label = _label(json.loads((record / "config.json").read_text(encoding="utf-8")))
+        config = json.loads((record / "config.json").read_text(encoding="utf-8"))
         for name, values in metrics[kind].items():
-            rows.setdefault((label, name), {})[metrics["seed"]] = values
+            rows.setdefault((_label(config, name), name), {})[metrics["seed"]] = values
     if not rows:
         return ["(no predictor of this kind)"]
     reference = _reference(rows, kind)
@@ -115,10 +115,12 @@ def _table(family: Path, kind: str) -> list[str]:
     return lines
 
 
-def _label(config: dict[str, Any]) -> str:
+def _label(config: dict[str, Any], predictor: str) -> str:
     """The method and what makes its run differ from its defaults."""
     method = dict(config["method"])
     label = str(method.pop("name"))
+    if label == "fedavg-ft" and predictor != "tuned":
+        label = "fedavg"  # the same training to the bit; only the tuned head is the other method's
     if "fedloge" in label:
         label += f", frame norm {config['frame']['norm']:g}"
     if method.get("prior") == "global":
@@ -127,12 +129,9 @@ def _label(config: dict[str, Any]) -> str:
 
 
 def _reference(rows: dict[tuple[str, str], Any], kind: str) -> tuple[str, str]:
-    """FedAvg's own model where there is one; its training is the same with and without fine-tuning."""
-    wish = "head" if kind == "generic" else "global"
-    for label in ("fedavg", "fedavg-ft"):
-        if (label, wish) in rows:
-            return label, wish
-    return next(iter(rows))
+    """FedAvg's own model where there is one."""
+    fedavg = ("fedavg", "head" if kind == "generic" else "global")
+    return fedavg if fedavg in rows else next(iter(rows))
 
 
 def _spread(shares: Iterable[float | None]) -> str:

@@ -99,6 +99,7 @@ class FrameConfig:
     sparsity: float = 0.6  # share of exact zeros
     solver: Literal["auto", "reference", "gram", "lse"] = "auto"
     seed: int = 0
+    best_effort: bool = False  # true: take the best frame there is where the zeros make the exact one impossible
 
     def __post_init__(self) -> None:
         require(self.norm > 0, "frame.norm", self.norm, "a number above 0")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -35,10 +36,16 @@ def build(options: argparse.Namespace) -> None:
         seed=options.seed,
         best_effort=options.best_effort,
     )
-    built = frame.build(spec)
+    built = frame.build(spec, progress=_show if sys.stderr.isatty() else None)
     report: dict[str, Any] = {**asdict(built.report), "digest": built.digest}
     if options.json:
         print(json.dumps(report))
         return
     for key, value in report.items():
         print(f"{key:16} {value}")
+
+
+def _show(evaluations: int, best_angle_deg: float) -> None:
+    """Frames of thousands of classes take minutes."""
+    sys.stderr.write(f"\r\x1b[K{evaluations} evaluations, smallest angle {best_angle_deg:.3f} degrees\r")
+    sys.stderr.flush()

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from common import tune
 from common.errors import UsageError
 from common.losses import balanced_softmax, log_prior
 from common.methods import prior
 from common.methods.fedavg import Criterion, FedAvg
 from common.methods.method import Predictor, Site
+from common.methods.tune import tuned
 from common.net import Maker, Net, Task
 
 
@@ -42,5 +42,4 @@ class Balanced(FedAvg):
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         backbone, head = net["backbone"], net["global_head"]
-        tuned = tune.head(backbone, head, site, site.task.config.evaluation.tune_epochs)
-        return {"tuned": Predictor(backbone, tuned), "global": Predictor(backbone, head)}
+        return {"tuned": tuned(backbone, head, site), "global": Predictor(backbone, head)}

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import tune
 from common.config import require
 from common.methods.fedavg import FedAvg
 from common.methods.method import Phase, Predictor, ServerState, Site
+from common.methods.tune import tuned
 from common.net import Maker, Net, Task
 from common.parts import Tensors
 from common.seeds import generator, isolated
@@ -120,9 +120,8 @@ class CReFF(FedAvg):
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         backbone, head = net["backbone"], net["retrained_head"]
-        tuned = tune.head(backbone, head, site, site.task.config.evaluation.tune_epochs)
         return {
-            "tuned": Predictor(backbone, tuned),
+            "tuned": tuned(backbone, head, site),
             "retrained": Predictor(backbone, head),
             **super().personal(net, site),
         }

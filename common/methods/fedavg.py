@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from common.losses import balanced_softmax, log_prior
 from common.methods import prior
-from common.methods.method import Method, Phase, Predictor, Site
+from common.methods.method import Method, Phase, Predictor, Site, linear_predictors
 from common.net import Maker, Net, Task
-from common.realign import realigned
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # logits, labels -> loss
 PROBES = {"balanced_head": "balanced (local prior)", "balanced_global_head": "balanced (global prior)"}
@@ -59,12 +58,7 @@ class FedAvg(Method):
         return [Phase(("backbone", "global_head", *priors), loss, site.task.config.train.epochs)]
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
-        head = net["global_head"]
-        assert isinstance(head, nn.Linear)
-        found = {
-            "head": Predictor(net["backbone"], head),
-            "head realigned": Predictor(net["backbone"], realigned(head, task.config.evaluation.gain)),
-        }
+        found = linear_predictors(net, task)
         if self.probes:
             found |= {name: Predictor(net["backbone"], net[part]) for part, name in PROBES.items()}
         return found

@@ -8,9 +8,9 @@ evaluation mode, `tune = "full"` the whole model.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from common import tune
 from common.methods.fedavg import FedAvg
 from common.methods.method import Predictor, Site
+from common.methods.tune import tuned
 from common.net import Net
 
 
@@ -21,10 +21,5 @@ class FedAvgTuned(FedAvg):
     tune: Literal["head", "full"] = "head"
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
-        epochs = site.task.config.evaluation.tune_epochs
-        backbone, head = net["backbone"], net["global_head"]
-        if self.tune == "head":
-            tuned = Predictor(backbone, tune.head(backbone, head, site, epochs))
-        else:
-            tuned = Predictor(*tune.whole(backbone, head, site, epochs))
-        return {"tuned": tuned, **super().personal(net, site)}
+        own = tuned(net["backbone"], net["global_head"], site, self.tune)
+        return {"tuned": own, **super().personal(net, site)}

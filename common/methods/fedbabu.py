@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from common import tune
-from common.methods.method import Method, Phase, Predictor, Site
+from common.methods.method import Method, Phase, Predictor, Site, linear_predictors
+from common.methods.tune import tuned
 from common.net import Maker, Net, Task
-from common.realign import realigned
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,8 @@ class FedBABU(Method):
         return [Phase(("backbone",), loss, site.task.config.train.epochs)]
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
-        backbone, head = net["backbone"], net["global_head"]
-        assert isinstance(head, nn.Linear)
-        return {
-            "head": Predictor(backbone, head),
-            "head realigned": Predictor(backbone, realigned(head, task.config.evaluation.gain)),
-        }
+        return linear_predictors(net, task)
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
-        epochs = site.task.config.evaluation.tune_epochs
         backbone, head = net["backbone"], net["global_head"]
-        if self.tune == "head":
-            tuned = Predictor(backbone, tune.head(backbone, head, site, epochs))
-        else:
-            tuned = Predictor(*tune.whole(backbone, head, site, epochs))
-        return {"tuned": tuned, "global": Predictor(backbone, head)}
+        return {"tuned": tuned(backbone, head, site, self.tune), "global": Predictor(backbone, head)}

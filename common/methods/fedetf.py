@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import frame, tune
+from common import frame
 from common.losses import balanced_softmax, log_prior
 from common.methods.fedloge import FrameHead
 from common.methods.method import Method, Phase, Predictor, ServerState, Site
+from common.methods.tune import tuned
 from common.net import Maker, Net, Task
 from common.parts import tensors
 
@@ -93,5 +94,4 @@ class FedETF(Method):
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         backbone, head = net["backbone"], EtfHead(net)
-        tuned = tune.head(backbone, head, site, site.task.config.evaluation.tune_epochs)
-        return {"tuned": Predictor(backbone, tuned), "etf": Predictor(backbone, head)}
+        return {"tuned": tuned(backbone, head, site), "etf": Predictor(backbone, head)}

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from common import tune
 from common.config import require
 from common.losses import calibrated
 from common.methods.fedavg import Criterion, FedAvg
 from common.methods.method import Predictor, Site
+from common.methods.tune import tuned
 from common.net import Net
 
 
@@ -34,5 +34,4 @@ class FedLC(FedAvg):
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         backbone, head = net["backbone"], net["global_head"]
-        tuned = tune.head(backbone, head, site, site.task.config.evaluation.tune_epochs)
-        return {"tuned": Predictor(backbone, tuned), **super().personal(net, site)}
+        return {"tuned": tuned(backbone, head, site), **super().personal(net, site)}

@@ -66,6 +66,7 @@ class FedLoGe(Method):
             sparsity=knobs.sparsity,
             solver=knobs.solver,
             seed=knobs.seed,
+            best_effort=knobs.best_effort,
         )
         net.load({"frame": {"weight": frame.build(spec).weight}})
         return super().init(net, task)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.losses import balanced_softmax, log_prior
-from common.methods.method import Method, Phase, Predictor, Site
+from common.methods.method import Method, Phase, Predictor, Site, linear_predictors
 from common.net import Maker, Net, Task
-from common.realign import added, realigned
+from common.realign import added
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,7 @@ class FedRoD(Method):
         return [Phase(("backbone", "global_head", "local_head"), loss, site.task.config.train.epochs)]
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
-        head = net["global_head"]
-        assert isinstance(head, nn.Linear)
-        return {
-            "head": Predictor(net["backbone"], head),
-            "head realigned": Predictor(net["backbone"], realigned(head, task.config.evaluation.gain)),
-        }
+        return linear_predictors(net, task)
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         del site

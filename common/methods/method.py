@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.images import Images
 from common.net import Maker, Net, Task
 from common.parts import Tensors, snapshot
+from common.realign import realigned
 from common.seeds import generator
 
 Loss = Callable[[Net, Tensor, Tensor], Tensor]
@@ -124,3 +125,13 @@ class Method(ABC):
     @abstractmethod
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         """Predictors for one site; the first is the method's own result. Masked by train support outside."""
+
+
+def linear_predictors(net: Net, task: Task) -> dict[str, Predictor]:
+    """The linear global head, as it is and with its norms realigned."""
+    backbone, head = net["backbone"], net["global_head"]
+    assert isinstance(head, nn.Linear)
+    return {
+        "head": Predictor(backbone, head),
+        "head realigned": Predictor(backbone, realigned(head, task.config.evaluation.gain)),
+    }
