@@ -27,7 +27,7 @@ def run_phase(net: Net, phase: Phase, site: Site, number: int) -> float:
     # foreach, not fused: on a CPU the fused step copies channels_last weights back and forth
     optimizer = torch.optim.SGD(
         parameters,
-        lr=phase.lr or config.lr,
+        lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         foreach=True,

@@ -25,6 +25,7 @@ def generator(seed: int, *keys: str | int) -> torch.Generator:
 @contextmanager
 def isolated(seed: int, *keys: str | int) -> Iterator[None]:
     """Run code that draws from torch's global generator (layer initialisation, dropout) on a stream of its own."""
-    with torch.random.fork_rng():
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
         torch.manual_seed(derive(seed, *keys))
         yield

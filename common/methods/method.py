@@ -30,7 +30,6 @@ class Phase:
     train: tuple[str, ...]
     loss: Loss
     epochs: int
-    lr: float | None = None  # None: train.lr
 
 
 @dataclass(frozen=True)
