@@ -7,6 +7,7 @@ from torch import Tensor
 
 from client.store import Store
 from client.train import train
+from common.errors import UserError
 from common.images import Images
 from common.messages import Order, Reply
 from common.methods.method import Method, Site
@@ -66,6 +67,11 @@ class Participant:
         if not local:
             return
         kept = self.store.load(before)
+        if kept is not None and kept.keys() != local:
+            raise UserError(
+                f"{self.store.folder}: holds local parts {sorted(kept)}, {self.method.name} has {sorted(local)}: "
+                "use another folder for another method"
+            )
         if kept is None:
             self.net.load(fresh(self.method, self.task, self.net, local, self.name))
             self.method.start(self.net)

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.methods.method import Predictor
 from common.net import roles
 from common.parts import Tensors
+from common.seeds import isolated
 
 
 def join(participant: Participant, received: dict[str, Tensors], after: int, rounds: int) -> dict[str, Predictor]:
@@ -26,10 +27,12 @@ def join(participant: Participant, received: dict[str, Tensors], after: int, rou
     site = participant.site(after)
     for round in range(after, after + rounds):
         site = participant.site(round)
-        for number, phase in enumerate(method.phases(net, site)):
-            own = tuple(part for part in phase.train if part in local)
-            if own:
-                run_phase(net, replace(phase, train=own), site, number)
+        with isolated(site.task.config.seed, "join", round, site.name):
+            for number, phase in enumerate(method.phases(net, site)):
+                own = tuple(part for part in phase.train if part in local)
+                if own:
+                    run_phase(net, replace(phase, train=own), site, number)
+    net.load(received)  # a method's phases may note something of the site in a shared part for the reply
     if local:
         mine = net.parts()
         participant.store.save(after, {part: mine[part] for part in sorted(local)})

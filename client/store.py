@@ -4,10 +4,13 @@ A file is written whole or not at all and only after a successful round; earlier
 is run again after a crash starts from exactly what it started from the first time.
 """
 
+import logging
 from pathlib import Path
 
 from common import parts
 from common.parts import Corrupt, Tensors
+
+log = logging.getLogger(__name__)
 
 
 class Store:
@@ -17,10 +20,9 @@ class Store:
         self.folder = folder
         self.keep = keep
         self.durable = durable  # False: survives a killed process but not a power cut; for simulations
-        folder.mkdir(parents=True, exist_ok=True)
-        parts.sweep(folder)
 
     def save(self, round: int, values: dict[str, Tensors]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         flat = {f"{part}/{name}": t for part, group in values.items() for name, t in group.items()}
         parts.save(self._path(round), flat, {"round": str(round)}, durable=self.durable)
         self.rewind(round)
@@ -29,6 +31,7 @@ class Store:
 
     def rewind(self, round: int) -> None:
         """Forget what came after `round`: the server went back to it and the later rounds will be run again."""
+        parts.sweep(self.folder)
         for later in [r for r in self.rounds() if r > round]:
             self._path(later).unlink()
 
@@ -37,7 +40,8 @@ class Store:
         for round in reversed([r for r in self.rounds() if r < before]):
             try:
                 flat, _ = parts.read(self._path(round))
-            except Corrupt:
+            except Corrupt as error:
+                log.warning("%s; local parts of an earlier round are used", error)
                 continue
             values: dict[str, Tensors] = {}
             for key, t in flat.items():

@@ -47,7 +47,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(0 < self.imbalance <= 1, "data.imbalance", self.imbalance, "a number in (0, 1]")
         require(0 < self.test_share < 1, "data.test_share", self.test_share, "a number in (0, 1)")
-        require(self.size >= 0, "data.size", self.size, "0 or a number of pixels")
+        require(0 <= self.size <= 4096, "data.size", self.size, "0 or a number of pixels up to 4096")
         require(self.largest >= 0, "data.largest", self.largest, "0 or a number of images")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(
@@ -66,7 +66,7 @@ class PartitionConfig:
     shards: int = 2  # classes' shards per client, kind = shards
     seed: int = 3407  # the split is a part of the experiment: it does not change with the run's seed
     holdout: float = 0.0  # share of every site's training images put aside to choose settings on
-    local_test: int = 10000  # images all local test sets are scaled to: int(n_kc / N * local_test) of class c
+    local_test: int = 0  # int(n_kc / N * local_test) test images of class c for site k; 0: as many as keep its own mix
 
     def __post_init__(self) -> None:
         require(
@@ -79,7 +79,7 @@ class PartitionConfig:
         require(self.shards >= 1, "partition.shards", self.shards, "1 or more")
         require(0 <= self.seed < SEEDS, "partition.seed", self.seed, "a number from 0 to 2^32 - 1")
         require(0 <= self.holdout < 1, "partition.holdout", self.holdout, "a number in [0, 1)")
-        require(self.local_test >= 1, "partition.local_test", self.local_test, "1 or more")
+        require(self.local_test >= 0, "partition.local_test", self.local_test, "0 or a number of images")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ModelConfig:
     width: int = 64  # features of mlp and cnn
 
     def __post_init__(self) -> None:
-        require(self.width >= 1, "model.width", self.width, "1 or more")
+        require(1 <= self.width <= 65536, "model.width", self.width, "1 to 65536")
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class RunConfig:
         cuda = self.device.removeprefix("cuda:")
         known = self.device in ("auto", "cpu", "cuda") or (cuda != self.device and cuda.isdigit())
         require(known, "run.device", self.device, "auto, cpu, cuda or cuda:N")
-        require(self.threads >= 1, "run.threads", self.threads, "1 or more")
+        require(1 <= self.threads <= 1024, "run.threads", self.threads, "1 to 1024")
         require(self.keep >= 2, "run.keep", self.keep, "2 or more: the previous one is the way back")
 
 
@@ -197,7 +197,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         require(self.name != "" and "/" not in self.name, "name", self.name, "a word without slashes")
         if self.evaluation.on == "holdout":
             require(self.partition.holdout > 0, "partition.holdout", self.partition.holdout,

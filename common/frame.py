@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UsageError, UserError
 from common.frame_solver import BLOCK, Progress, Search, angle_bound, solve_gram, solve_lse, solve_reference
 
 SOLVERS = ("auto", "reference", "gram", "lse")
@@ -61,7 +61,7 @@ class FrameSpec:
         }
         for name, (holds, allowed) in rules.items():
             if not holds:
-                raise UserError(f"frame: {name} = {getattr(self, name)!r} is not allowed; give {allowed}")
+                raise UsageError(f"frame: {name} = {getattr(self, name)!r} is not allowed; give {allowed}")
 
     @property
     def zeros(self) -> int:

@@ -257,6 +257,8 @@ def _load(net: Backbone, config: ModelConfig) -> None:
     """Pretrained weights, named as published or as in our files; a classifier among them is passed over."""
     path = Path(config.weights)
     given, _ = parts.read(path, sealed=False)
+    if any(name.startswith("backbone.") for name in given):  # a model of ours, with its head
+        given = {name.removeprefix("backbone."): t for name, t in given.items() if name.startswith("backbone.")}
     values = {name.removeprefix("net."): t for name, t in given.items() if t.is_floating_point()}
     values = {name: t for name, t in values.items() if not name.startswith(f"{net.classifier}.")}
     live = {name.removeprefix("net."): t for name, t in parts.tensors(net).items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common import models
 from common.config import Config
+from common.errors import UsageError
 from common.parts import Tensors, load, tensors
 from common.seeds import isolated
 
@@ -123,4 +124,10 @@ def roles(method: "Method", net: Net) -> tuple[frozenset[str], frozenset[str], f
 def best_device(wish: str) -> torch.device:
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wish)
+    device = torch.device(wish)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"run.device = {wish!r} but torch sees {torch.cuda.device_count()} GPUs here: use auto or cpu, or mend the "
+            "driver (nvidia-smi tells)"
+        )
+    return device

@@ -5,8 +5,10 @@ alone. `split` with kind = dirichlet is the partition of the reference experimen
 legacy stream, whose algorithms never change. Indices are positions in `labels`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -84,20 +86,25 @@ def counts(labels: Tensor, index: Tensor, classes: int) -> Tensor:
     return torch.bincount(labels[index], minlength=classes)
 
 
-def local_test(
-    client_counts: Sequence[Tensor], total: int, test_labels: Tensor, budget: int, seed: int
-) -> list[Tensor]:
-    """Index into the test set for every client: int(n_kc / total * budget) images of class c, where the client has
-    n_kc of all `total` training images, or as many as the test set has. Drawn without replacement within a client,
-    independently across clients. A client with very few images may get an empty test set."""
+def local_test(client_counts: Sequence[Tensor], test_labels: Tensor, budget: int, seed: int) -> list[Tensor]:
+    """Index into the test set for every client, drawn without replacement within a client, independently across.
+
+    With a budget, as published: int(n_kc / N * budget) images of class c, where the client has n_kc of all N training
+    images, or as many as the test set has. A client with very few images may get an empty test set, and a budget
+    larger than the test set distorts the mix of classes. Budget 0 takes the largest test sets in which every client
+    keeps its own mix: one scale for all, rounded up, so no class a client has goes untested."""
     by_class = [torch.nonzero(test_labels == c).flatten() for c in range(len(client_counts[0]))]
+    total = sum(int(own.sum()) for own in client_counts)
+    ratios = [Fraction(len(i), n) for own in client_counts for i, n in zip(by_class, own.tolist(), strict=True) if n]
+    scale = min([ratio for ratio in ratios if ratio] or [Fraction(0)])
     chosen = []
     for k, own in enumerate(client_counts):
         rng = generator(seed, "local test", k)
         parts = [torch.empty(0, dtype=torch.int64)]
         for index, n in zip(by_class, own.tolist(), strict=True):
             if n:
-                parts.append(index[torch.randperm(len(index), generator=rng)[: int(n / total * budget)]])
+                take = int(n / total * budget) if budget else math.ceil(n * scale)
+                parts.append(index[torch.randperm(len(index), generator=rng)[:take]])
         chosen.append(torch.cat(parts))
     return chosen
 

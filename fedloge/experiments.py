@@ -13,7 +13,7 @@ from fedloge.progress import ProgressLine
 from fedloge.simulate import Progress, simulate
 from fedloge.table import comparison, result_table
 
-EXAMPLE = "example: fedloge simulate benchmarks/experiments/digits.toml --method fedavg --set train.lr=0.1"
+EXAMPLE = "example: fedloge simulate fedloge/demo.toml --method fedavg --set train.lr=0.1"
 
 DEMO = Path(__file__).parent / "demo.toml"
 DEMO_METHODS = ("fedavg-ft", "fedloge")
@@ -76,6 +76,9 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps({**result, "folder": str(folder)}))
     else:
         print(result_table([result]))
+        if result["never_trained"]:
+            many = len(result["never_trained"])
+            print(f"sites that never trained: {many}; their personal models hold untrained parts", file=sys.stderr)
         print(f"\nrun folder: {folder}  (metrics.json, events.jsonl, models/)", file=sys.stderr)
 
 

@@ -1,5 +1,6 @@
 """The sites of a simulated federation: their data, what they are judged on, and the models that come out."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from client.participant import Participant
 from client.store import Store
 from common import metrics, partition, parts, sources
 from common.config import Config
+from common.errors import UserError
 from common.evaluation import FeatureCache, evaluate
 from common.images import Images
 from common.methods.method import Method, ServerState
@@ -32,6 +34,15 @@ class Federation:
     global_index: Tensor
     groups: tuple[metrics.Groups, ...]
 
+    def fingerprint(self) -> str:
+        """Changes when an image is added, relabelled or given to another site, or is judged by."""
+        total = hashlib.sha256()
+        for t in (self.images.labels, self.test.labels, *self.judged_on.values()):
+            total.update(t.numpy().tobytes())
+        for site in self.sites.values():
+            total.update(site.train_index.numpy().tobytes())
+        return total.hexdigest()
+
 
 def assemble(config: Config, folder: Path) -> Federation:
     """Load the data, split it among sites and build the net; refuses what cannot work before anything is written."""
@@ -51,13 +62,17 @@ def assemble(config: Config, folder: Path) -> Federation:
         kept.append(mine)
         held.append(aside)
     counts = [partition.counts(images.labels, index, len(classes)) for index in kept]
+    if len(classes) < 2:
+        raise UserError(f"data.source = {config.data.source}: the images are all of class {classes[0]!r}: add others")
     if config.evaluation.on == "holdout":
+        if not any(map(len, held)):
+            raise UserError(
+                f"partition.holdout = {config.partition.holdout} puts no image of any site aside: use a larger share"
+            )
         judged, target = held, images
         global_index = torch.cat(held)
     else:
-        judged = partition.local_test(
-            counts, len(images), test.labels, config.partition.local_test, config.partition.seed
-        )
+        judged = partition.local_test(counts, test.labels, config.partition.local_test, config.partition.seed)
         target = test
         global_index = torch.arange(len(test))
     sites = {
@@ -116,8 +131,8 @@ def common_backbone(net: Net, state: ServerState) -> nn.Module | None:
 
 
 def save_models(federation: Federation, method: Method, state: ServerState, folder: Path) -> None:
-    """The method's own generic and personal models. A personal file leaves the backbone to generic.safetensors where
-    it is the same."""
+    """The method's own generic model, and the personal ones of sites that have trained. A personal file leaves the
+    backbone to generic.safetensors where it is the same."""
     net, about = federation.net, {"classes": json.dumps(federation.task.classes), "round": str(state.round)}
     net.load(state.parts)
     (folder / "personal").mkdir(parents=True, exist_ok=True)
@@ -128,6 +143,8 @@ def save_models(federation: Federation, method: Method, state: ServerState, fold
         tensors = {**_prefixed("backbone", predictor.features), **_prefixed("head", predictor.head)}
         parts.save(folder / "generic.safetensors", tensors, {**about, "predictor": name})
     for name, participant in federation.sites.items():
+        if not participant.has_trained():
+            continue
         participant.prepare(state.parts, before=state.round + 1)
         predictor_name, predictor = next(iter(method.personal(net, participant.site(state.round)).items()))
         own = not generic or predictor.features is not common_backbone(net, state)

@@ -32,9 +32,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"fedloge: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a file or folder that is not there, not ours to write, or on a full disk
+        if debug:
+            raise
+        print(f"fedloge: {error.filename or 'a file'}: {error.strerror}: check its folder and disk", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        stopped = "stopped; the state of the last finished round is kept, the same command goes on"
-        print(f"\nfedloge: {stopped}", file=sys.stderr)
+        print("\nfedloge: stopped; what finished rounds gave is kept, the same command goes on", file=sys.stderr)
         return 1
     return 0
 

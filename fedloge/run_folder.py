@@ -1,14 +1,17 @@
 """The files of a run: what was asked for, on what machine, what happened and what came out.
 
-`config.json`, `environment.json`, `events.jsonl` (one line a round), `metrics.json` (the result).
+`config.json`, `environment.json` (of every start whose code or machine was another), `events.jsonl` (one line a
+round), `metrics.json` (the result).
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,28 @@ def evaluated(config: Config, round: int) -> bool:
     """Whether the models are judged after `round`. A run that is given more rounds loses its former last one."""
     wish = config.evaluation
     return round == config.federation.rounds or (round >= wish.start and round % wish.every == 0)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time works in a run folder; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is running this experiment: wait for it, or use --out"
+            ) from None
+        yield
+
+
+def note_environment(path: Path) -> None:
+    """Add what runs now to the environments a run has had, if it is another than the last."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    now = environment()
+    if now not in known[-1:]:
+        write_json(path, [*known, now])
 
 
 def environment() -> dict[str, Any]:
@@ -120,7 +145,7 @@ def keep_lines(path: Path, many: int) -> None:
         _write(path, "".join(lines[:many]))
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Any) -> None:
     _write(path, json.dumps(value, indent=1) + "\n")
 
 

@@ -8,6 +8,7 @@ whether the run was interrupted or not.
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from common.config import Config
 from common.errors import UserError
 from common.methods.method import ServerState
 from fedloge import run_folder
-from fedloge.federation import assemble, judge, save_models
+from fedloge.federation import Federation, assemble, judge, save_models
 from server import checkpoint, rounds
 from server.checkpoint import Checkpoint
 from server.fleet import LocalFleet
@@ -33,29 +34,42 @@ class Progress:
     round: int
     rounds: int
     evaluation: dict[str, Any] | None  # the newest one
-    seconds: float  # of this round, evaluation included
 
 
 def simulate(config: Config, folder: Path, progress: Callable[[Progress], None]) -> dict[str, Any]:
     """Run or resume the experiment in `folder` to its end; returns what metrics.json holds."""
-    found = checkpoint.latest(folder / "checkpoints")
-    if found is not None:
-        run_folder.same_experiment(found.config, config.as_dict(), folder)
-        if found.state.round > config.federation.rounds:
-            raise UserError(
-                f"{folder} holds {found.state.round} rounds, more than federation.rounds = {config.federation.rounds}: "
-                "ask for as many or more, or name another folder with --out"
-            )
-    federation = assemble(config, folder)
-    method = config.method
-    if found is None:
-        state = method.init(federation.net, federation.task)
-        history: list[dict[str, Any]] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(folder / "environment.json", run_folder.environment())
-    else:
-        state, history = _on(found.state, federation.device), found.history
-        log.info("going on after round %d", state.round)
+    start = None
+    if not folder.exists():  # refuse what cannot work while nothing is written yet
+        federation = assemble(config, folder)
+        start = federation, config.method.init(federation.net, federation.task)
+    with run_folder.locked(folder):
+        found = checkpoint.latest(folder / "checkpoints")
+        if found is not None:
+            run_folder.same_experiment(found.config, config.as_dict(), folder)
+            if found.state.round > config.federation.rounds:
+                raise UserError(
+                    f"{folder} holds {found.state.round} rounds, more than federation.rounds = "
+                    f"{config.federation.rounds}: ask for as many or more, or name another folder with --out"
+                )
+        federation = start[0] if start else assemble(config, folder)
+        if found is None:
+            state = start[1] if start else config.method.init(federation.net, federation.task)
+            found = Checkpoint(state, [], config.as_dict(), federation.fingerprint())
+        else:
+            if found.data != federation.fingerprint():
+                raise UserError(
+                    f"{folder}: the data or its split is not what the run began with: bring it back, or --out"
+                )
+            log.info("going on after round %d", found.state.round)
+        return _go_on(config, folder, federation, found, progress)
+
+
+def _go_on(
+    config: Config, folder: Path, federation: Federation, found: Checkpoint, progress: Callable[[Progress], None]
+) -> dict[str, Any]:
+    method, history = config.method, found.history
+    state = _on(found.state, federation.device)
+    run_folder.note_environment(folder / "environment.json")
     run_folder.write_json(folder / "config.json", config.as_dict())  # a run that goes on may have got more rounds
     events = folder / "events.jsonl"
     run_folder.keep_lines(events, len(history))
@@ -77,12 +91,16 @@ def simulate(config: Config, folder: Path, progress: Callable[[Progress], None])
         seconds = {"training": round(report.seconds, 3), "evaluation": round(time.monotonic() - began, 3)}
         with events.open("a", encoding="utf-8") as stream:  # before the checkpoint: a resume drops what is too new
             stream.write(json.dumps({**entry, "seconds": seconds}) + "\n")
-        saved = Checkpoint(report.state, history, config.as_dict())
+        saved = Checkpoint(report.state, history, config.as_dict(), found.data)
         checkpoint.save(folder / "checkpoints", saved, config.run.keep, durable=False)
-        progress(Progress(report.round, config.federation.rounds, _newest(history), sum(seconds.values())))
+        progress(Progress(report.round, config.federation.rounds, _newest(history)))
 
     fleet = LocalFleet({name: site.handle for name, site in federation.sites.items()})
-    state = rounds.run(fleet, method, state, federation.net, config.federation, config.seed, after)
+    # sites in one process train one after another: no clock may close a round, and nobody can be missing
+    policy = replace(config.federation, quorum=1.0, grace=math.inf, deadline=math.inf, failures=1)
+    state = rounds.run(fleet, method, state, federation.net, policy, config.seed, after)
+    if "evaluation" not in history[-1]:  # the run went on only to be ended earlier than it was once meant to
+        history[-1]["evaluation"] = judge(federation, method, state)
     save_models(federation, method, state, folder / "models")
     result = run_folder.summary(config, history, federation.groups)
     run_folder.write_json(folder / "metrics.json", result)

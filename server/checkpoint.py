@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common import parts
+from common.errors import UserError
 from common.methods.method import ServerState
 from common.parts import Corrupt, Tensors
 
@@ -22,6 +23,7 @@ class Checkpoint:
     state: ServerState
     history: list[dict[str, Any]]  # one entry a round
     config: dict[str, Any]
+    data: str = ""  # fingerprint of the data a simulation runs on
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int, durable: bool = True) -> Path:
@@ -34,6 +36,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, durable: bool = True) 
         "round": str(state.round),
         "history": json.dumps(checkpoint.history),
         "config": json.dumps(checkpoint.config),
+        "data": checkpoint.data,
     }
     parts.save(path, flat, about, durable=durable)
     for old in _files(folder)[:-keep]:
@@ -42,13 +45,15 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, durable: bool = True) 
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None when there is none. Nobody may be writing to `folder`."""
+    """The newest checkpoint that is whole; None when there has never been one. Nobody may be writing to `folder`."""
     parts.sweep(folder)
     for path in reversed(_files(folder)):
         try:
             return read(path)
         except Corrupt as error:
-            log.warning("%s; the previous checkpoint is used", error)
+            log.warning("%s; the checkpoint before it is tried", error)
+    if _files(folder):
+        raise UserError(f"{folder}: no checkpoint is whole: delete the folder it is in to start anew")
     return None
 
 
@@ -64,7 +69,7 @@ def read(path: Path) -> Checkpoint:
             part, _, name = rest.partition("/")
             groups.setdefault(part, {})[name] = t
     state = ServerState(round=int(about["round"]), parts=groups, extra=extra)
-    return Checkpoint(state, json.loads(about["history"]), json.loads(about["config"]))
+    return Checkpoint(state, json.loads(about["history"]), json.loads(about["config"]), about["data"])
 
 
 def _files(folder: Path) -> list[Path]:

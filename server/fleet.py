@@ -39,7 +39,8 @@ class Fleet(Protocol):
 
 
 class LocalFleet:
-    """Sites in this process. Each trains when its answer is asked for, in the order of the names."""
+    """Sites in this process. Each trains when its answer is asked for, in the order of the names, however long it
+    takes: use it with a policy that has no deadline. A site's error ends the run, as nobody could bring it back."""
 
     def __init__(self, sites: dict[str, Callable[[Order], Reply]]) -> None:
         self._sites = sites
@@ -48,7 +49,7 @@ class LocalFleet:
         return sorted(self._sites)
 
     def broadcast(self, order: Order, names: Sequence[str], deadline: float) -> Exchange:
-        del deadline  # a site in this process cannot be late: nobody waits for it
+        del deadline
         return _LocalExchange([(name, self._sites[name]) for name in sorted(names)], order)
 
 
@@ -64,8 +65,8 @@ class _LocalExchange:
         name, handle = self._waiting.pop(0)
         try:
             return handle(self._order)
-        except UserError as error:  # as over a network: the site's trouble is not the federation's
-            return Failure(name, str(error))
+        except UserError as error:
+            raise type(error)(f"{name}: {error}") from error
 
     def close(self) -> None:
         self._waiting = []

@@ -8,12 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.methods.method import Predictor, Site
+from common.seeds import isolated
 
 
 def tuned(features: nn.Module, head: nn.Module, site: Site, what: Literal["head", "full"] = "head") -> Predictor:
     """A copy trained for `evaluation.tune_epochs` augmented passes: the head on features as they are when deployed,
     or everything."""
-    return _whole(features, head, site) if what == "full" else Predictor(features, _head(features, head, site))
+    with isolated(site.task.config.seed, "tune", site.round, site.name):
+        return _whole(features, head, site) if what == "full" else Predictor(features, _head(features, head, site))
 
 
 def _head(features: nn.Module, start: nn.Module, site: Site) -> nn.Module:

@@ -11,6 +11,7 @@ a mirrored image keeps its class is known to the one who has the data (say data.
 """
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def _read(path: Path) -> _File:
             arrays: dict[str, NDArray[Any]] = dict(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: name an .npz file with images and labels") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: cannot be read as .npz ({error}): save it again with numpy.savez") from None
     for key in ("images", "labels"):
         if key not in arrays:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from client.train import Diverged
 from common import parts
 from common.config import Config, parse
 from common.errors import UserError
@@ -22,7 +23,6 @@ from common.parts import digest
 from fedloge import run_folder
 from fedloge.simulate import Progress, simulate
 from server import checkpoint
-from server.rounds import GaveUp
 
 ROOT = Path(__file__).parents[2]
 BLOCKED = ("flwr", "grpc", "google", "cryptography", "pyarrow", "pandas", "matplotlib", "rich", "typer", "click")
@@ -128,7 +128,8 @@ def test_a_run_leaves_its_question_its_story_and_its_models(tmp_path: Path) -> N
     result = simulate(config, tmp_path, seen.append)
     assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(result))
     assert json.loads((tmp_path / "config.json").read_text()) == config.as_dict()
-    assert {"python", "torch", "processor", "code"} <= json.loads((tmp_path / "environment.json").read_text()).keys()
+    (environment,) = json.loads((tmp_path / "environment.json").read_text())
+    assert {"python", "torch", "processor", "code"} <= environment.keys()
     assert [event["round"] for event in events(tmp_path)] == [1, 2, 3]
     assert [event["sites"] for event in events(tmp_path)] == [[f"site-00{k}" for k in range(4)]] * 3
     assert ["evaluation" in event for event in events(tmp_path)] == [False, True, True]
@@ -196,7 +197,7 @@ def test_a_model_without_batchnorm_cannot_keep_it_at_the_sites(tmp_path: Path) -
 
 
 def test_training_that_diverges_is_said_and_nothing_of_it_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(GaveUp, match="training diverged"):
+    with pytest.raises(Diverged, match="site-000: training diverged"):
         simulate(small(train={"lr": 1e30}), tmp_path, quiet)
     assert list(tmp_path.rglob("*.safetensors")) == []
 
@@ -259,7 +260,7 @@ def test_damaged_checkpoints_are_passed_over_and_said(
     with caplog.at_level(logging.INFO):
         simulate(config, tmp_path, quiet)
     assert all(f"{path}: is damaged" in caplog.text for path in lost)
-    assert "the previous checkpoint is used" in caplog.text
+    assert "the checkpoint before it is tried" in caplog.text
     assert "going on after round 1" in caplog.text
     assert remains(tmp_path) == remains(whole(config))
 
@@ -268,7 +269,7 @@ def test_damaged_checkpoints_are_passed_over_and_said(
 def test_the_oldest_checkpoint_kept_still_finds_the_local_parts_of_the_sites(
     whole: Callable[[Config], Path], tmp_path: Path, many: int
 ) -> None:
-    """Sites a round ahead, and the newest checkpoints damaged, or all of them: then the run starts anew."""
+    """Sites a round ahead, and the newest checkpoints damaged, or all of them: then a person must decide."""
     config = small(federation={"rounds": 5})
     with crash_before_checkpoint(5):
         simulate(config, tmp_path, quiet)
@@ -276,6 +277,10 @@ def test_the_oldest_checkpoint_kept_still_finds_the_local_parts_of_the_sites(
     assert [path.stem for path in kept] == ["round-000002", "round-000003", "round-000004"]
     for path in kept[-many:]:
         halved(path)
+    if many == len(kept):
+        with pytest.raises(UserError, match="no checkpoint is whole"):
+            simulate(config, tmp_path, quiet)
+        return
     simulate(config, tmp_path, quiet)
     assert remains(tmp_path) == remains(whole(config))
 

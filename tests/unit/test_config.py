@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {  # table, the key its me
     "path missing": ({"data": {"source": "cifar10"}}, "data.path", "folder or file"),
     "nothing held out": ({"evaluation": {"on": "holdout"}}, "partition.holdout", "above 0"),
     "momentum": ({"train": {"momentum": 1}}, "train.momentum", "[0, 1)"),
-    "negative seed": ({"seed": -1}, "seed = -1", "0 or more"),
+    "negative seed": ({"seed": -1}, "seed = -1", "0 to 2^63 - 1"),
     "name with a slash": ({"name": "a/b"}, "name", "slashes"),
     "name empty": ({"name": ""}, "name", "word"),
     "device": ({"run": {"device": "tpu"}}, "run.device = 'tpu'", "cuda:N"),

@@ -111,27 +111,44 @@ def test_local_tests_follow_the_clients_classes() -> None:
     labels, test = longtailed(100, 0.01), torch.arange(100).repeat(100)
     parts = split(labels, PartitionConfig(clients=40))
     own = [counts(labels, part, 100) for part in parts]
-    tests = local_test(own, len(labels), test, 10000, 3407)
+    tests = local_test(own, test, 10000, 3407)
     for n, index in zip(own, tests, strict=True):
         assert len(set(index.tolist())) == len(index)
         expected = [min(int(k / len(labels) * 10000), 100) for k in n.tolist()]
         assert counts(test, index, 100).tolist() == expected
-    again = local_test(own, len(labels), test, 10000, 3407)
+    again = local_test(own, test, 10000, 3407)
     assert all(torch.equal(a, b) for a, b in zip(tests, again, strict=True))
-    assert not torch.equal(tests[0], local_test(own, len(labels), test, 10000, 1)[0])
+    assert not torch.equal(tests[0], local_test(own, test, 10000, 1)[0])
+
+
+@given(
+    own=st.lists(st.lists(st.integers(0, 40), min_size=3, max_size=3), min_size=1, max_size=5),
+    have=st.lists(st.integers(0, 30), min_size=3, max_size=3),
+)
+def test_without_a_budget_every_client_is_tested_on_its_own_mix(own: list[list[int]], have: list[int]) -> None:
+    test = torch.arange(3).repeat_interleave(torch.tensor(have))
+    chosen = local_test([torch.tensor(n) for n in own], test, 0, 1)
+    ratios = [have[c] / n[c] for n in own for c in range(3) if n[c] and have[c]]
+    for n, index in zip(own, chosen, strict=True):
+        got = counts(test, index, 3).tolist()
+        for c in range(3):
+            wanted = n[c] * min(ratios, default=0) if have[c] else 0
+            assert abs(got[c] - wanted) < 1 + 1e-9
+            assert got[c] <= have[c]
+            assert (got[c] > 0) == (n[c] > 0 and have[c] > 0)
 
 
 def test_local_tests_are_capped_and_independent() -> None:
-    own = [torch.tensor([900, 0]), torch.tensor([50, 50]), torch.tensor([0, 1])]
+    own = [torch.tensor([899, 0]), torch.tensor([50, 50]), torch.tensor([0, 1])]
     test = torch.arange(2).repeat_interleave(200)
-    first, second, third = local_test(own, 1000, test, 1000, 0)
+    first, second, third = local_test(own, test, 1000, 0)
     assert counts(test, first, 2).tolist() == [200, 0]
     assert counts(test, second, 2).tolist() == [50, 50]
     assert set(first.tolist()) & set(second.tolist())
     assert len(third) == 1
-    assert len(local_test([torch.tensor([0, 1])], 1000, test, 100, 0)[0]) == 0
+    assert len(local_test([torch.tensor([999, 0]), torch.tensor([0, 1])], test, 100, 0)[1]) == 0
     # A client's test set does not depend on the others'.
-    assert torch.equal(local_test([own[0], own[2], own[2]], 1000, test, 1000, 0)[2], third)
+    assert torch.equal(local_test([own[0], own[2], own[2]], test, 1000, 0)[2], third)
 
 
 @settings(deadline=None)
