@@ -114,7 +114,7 @@ class TrainConfig:
     lr: float = 0.03
     momentum: float = 0.5  # starts from zero every round
     weight_decay: float = 0.0
-    clip: float = 0.0  # largest norm of a step's gradient; 0 does not clip
+    clip: float = 0.0  # largest norm of each part's gradient; 0 does not clip
     precision: Literal["fp32", "bf16"] = "fp32"
     layout: Literal["plain", "channels_last"] = "channels_last"  # memory layout; plain keeps the reference kernels
 

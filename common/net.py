@@ -75,17 +75,12 @@ class Net(nn.Module):
         for part, given in values.items():
             load(mine[part], given)
 
-    def train_only(self, parts: Collection[str]) -> list[nn.Parameter]:
+    def train_only(self, parts: Collection[str]) -> None:
         """Put `parts` in training mode and freeze the rest altogether: no gradient, no moving statistic."""
-        parameters = []
         for part, module in self.by_part.items():
             trained = part in parts
             module.train(trained)
-            for parameter in module.parameters():
-                parameter.requires_grad_(trained)
-                if trained:
-                    parameters.append(parameter)
-        return parameters
+            module.requires_grad_(trained)
 
 
 def build(method: "Method", task: Task) -> Net:

@@ -1,14 +1,18 @@
 """Folding replies one by one into a running weighted mean; a bad reply is refused before it touches anything.
 
-Memory is one accumulator and the reply in hand, whatever the number of sites.
+Memory is one accumulator and the reply in hand, whatever the number of sites. What is folded is finite and far
+enough from its dtype's limit that the mean and the sums are finite too, and so are the squares of the sums.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from common.messages import SCHEMA, Order, Reply
 from common.parts import Manifest, Tensors
+
+HEADROOM = 1e6  # below the root of the largest number: 1.8e13 in float32, times 10^24 examples before a mean overflows
 
 
 class Refused(Exception):
@@ -16,11 +20,25 @@ class Refused(Exception):
 
 
 class Fold:
-    """The mean of the shared parts, weighted by examples, and the sum of the statistics, of one round."""
+    """The mean of the shared parts, weighted by examples, and the sum of the statistics, of one round.
 
-    def __init__(self, order: Order, max_examples: int, max_update: float = 0.0) -> None:
+    Both are computed on the device of the order's tensors, wherever a reply's are. `statistics` and `objection` are
+    the method's.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        statistics: dict[str, tuple[int, ...]],
+        objection: Callable[[Reply], str],
+        max_examples: int,
+        max_update: float = 0.0,
+    ) -> None:
         self._order = order
+        self._device = next((t.device for group in order.shared.values() for t in group.values()), torch.device("cpu"))
         self._manifests = {part: Manifest.of(t) for part, t in order.shared.items()}
+        self._statistics = Manifest(tuple((name, shape, "float32") for name, shape in sorted(statistics.items())))
+        self._objection = objection
         self._max_examples = max_examples
         self._max_update = max_update
         self._total: dict[str, Tensors] = {}
@@ -28,18 +46,23 @@ class Fold:
         self.examples = 0
         self.clients: list[str] = []
 
+    @torch.no_grad()  # a site in this process replies with its live parameters
     def add(self, reply: Reply) -> None:
         """Check `reply` and fold it in, or raise `Refused` and leave everything as it was."""
         self._check(reply)
         for part, values in reply.shared.items():
             into = self._total.setdefault(part, {})
             for name, t in values.items():
+                here = t.to(self._device)
                 if name in into:
-                    into[name].add_(t.detach(), alpha=reply.examples)
+                    into[name].add_(here, alpha=reply.examples)
                 else:
-                    into[name] = t.detach() * reply.examples
+                    into[name] = here * reply.examples
         for name, t in reply.sums.items():
-            self._sums[name] = self._sums[name] + t if name in self._sums else t.clone()
+            if name in self._sums:
+                self._sums[name].add_(t.to(self._device))
+            else:
+                self._sums[name] = t.to(self._device, copy=True)
         self.examples += reply.examples
         self.clients.append(reply.client)
 
@@ -68,23 +91,29 @@ class Fold:
             wrong = _difference(self._manifests[part], Manifest.of(values))
             if wrong:
                 raise Refused(f"part {part}: {wrong}")
-        if self._sums and {n: t.shape for n, t in reply.sums.items()} != {n: t.shape for n, t in self._sums.items()}:
-            raise Refused("its statistics have other names or shapes than the other sites'")
+        wrong = _difference(self._statistics, Manifest.of(reply.sums))
+        if wrong:
+            raise Refused(f"statistics: {wrong}")
+        for name, value in reply.metrics.items():
+            if not (isinstance(value, float) and math.isfinite(value)):
+                raise Refused(f"its metric {name} is not a finite number")
         for values in [*reply.shared.values(), reply.sums]:
-            for name, t in values.items():
-                # a sum is finite only if all values are; should finite ones overflow it, look at each
-                if not torch.isfinite(t.sum()) and not torch.isfinite(t).all():
-                    raise Refused(f"{name} has values that are not finite")
+            wrong = _overflow(values)
+            if wrong:
+                raise Refused(wrong)
         if self._max_update > 0:
             norm = self._distance(reply)
             if norm > self._max_update:
                 raise Refused(f"its update's norm {norm:.3g} is above the bound {self._max_update:.3g}")
+        wrong = self._objection(reply)
+        if wrong:
+            raise Refused(wrong)
 
     def _distance(self, reply: Reply) -> float:
         squares = 0.0
         for part, values in reply.shared.items():
             for name, t in values.items():
-                squares += float((t - self._order.shared[part][name]).double().square().sum())
+                squares += float((t.to(self._device) - self._order.shared[part][name]).double().square().sum())
         return math.sqrt(squares)
 
 
@@ -98,4 +127,16 @@ def _difference(expected: Manifest, got: Manifest) -> str:
             return f"{name} is not expected"
         if ours[name] != theirs[name]:
             return f"{name} is {theirs[name][1]}{list(theirs[name][0])} instead of {ours[name][1]}{list(ours[name][0])}"
+    return ""
+
+
+def _overflow(values: Tensors) -> str:
+    """The first tensor that is not finite or has no headroom; empty when there is none."""
+    for name, t in values.items():
+        # one pass that keeps inf and NaN; as the norm of order inf it would take sixty times as long on a CPU
+        largest = float(torch.stack(torch.aminmax(t)).abs().max()) if t.numel() else 0.0
+        if not math.isfinite(largest):
+            return f"{name} has values that are not finite"
+        if largest > math.sqrt(torch.finfo(t.dtype).max) / HEADROOM:
+            return f"{name} has values up to {largest:.1e}, which are too large to be averaged"
     return ""

@@ -99,8 +99,8 @@ def one_round(
         shared=shared,
         fixed={part: t for part, t in state.parts.items() if part in method.fixed},
     )
-    fold = Fold(order, policy.max_examples, policy.max_update)
-    quorum = max(math.ceil(policy.quorum * len(chosen)), 1)
+    fold = Fold(order, method.statistics(workspace), method.objection, policy.max_examples, policy.max_update)
+    quorum = max(math.ceil(policy.quorum * len(chosen) - 1e-9), 1)  # 0.07 of 100 is 7, not 8 because of rounding
     refused: dict[str, str] = {}
     metrics: dict[str, dict[str, float]] = {}
     waiting = set(chosen)

@@ -9,7 +9,7 @@ while it trains, and live in own_backbone. They are not a mean of v's and w's: v
 Differs from the paper: alpha is a sigmoid of what is learned, so it stays in (0, 1) without clipping (its gradient
 gains the factor alpha (1 - alpha)), it moves with every batch, by train.lr, instead of once a round, and its
 optimiser is v's, weight decay included. Generic: w. Personal: v mixed with the global model of the day (paper: with
-the site's last w). `train.clip` would bound the gradients of w, v and alpha together.
+the site's last w). `train.clip` bounds the gradient of every part by itself, so w stays FedAvg's.
 """
 
 import copy

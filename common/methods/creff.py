@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import require
+from common.messages import Reply
 from common.methods.fedavg import FedAvg
 from common.methods.method import Phase, Predictor, ServerState, Site
 from common.methods.tune import tuned
 from common.net import Maker, Net, Task
-from common.parts import Tensors
+from common.parts import Tensors, tensors
 from common.seeds import generator, isolated
 
 BATCH = 32  # federated features in a step of the head's training
@@ -72,6 +73,15 @@ class CReFF(FedAvg):
     def extra(self, net: Net, site: Site) -> Tensors:
         del net
         return dict(site.notes)
+
+    def statistics(self, net: Net) -> dict[str, tuple[int, ...]]:
+        classes, dim = tensors(net["retrained_head"])["weight"].shape
+        return {"weight": (classes, classes, dim), "bias": (classes, classes), "sites": (classes,)}
+
+    def objection(self, reply: Reply) -> str:
+        """A site counts once or not at all for a class. Its gradients are taken on trust: max_update is not theirs."""
+        sites = reply.sums["sites"]
+        return "" if bool(((sites == 0) | (sites == 1)).all()) else "its statistics count it as neither 0 nor 1 site"
 
     def update(self, state: ServerState, mean: dict[str, Tensors], sums: Tensors, net: Net) -> ServerState:
         device = next(net.parameters()).device

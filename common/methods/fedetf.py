@@ -72,7 +72,7 @@ class FedETF(Method):
         }
 
     def init(self, net: Net, task: Task) -> ServerState:
-        """The server makes the simplex once; sites get it from the server and check its digest."""
+        """The server makes the simplex once; sites get its values with every order and never make it themselves."""
         classes = len(task.classes)
         spec = frame.FrameSpec(dim=classes, classes=classes, norm=1.0, sparsity=0.0, seed=task.config.frame.seed)
         net.load({"frame": {"weight": frame.build(spec).weight}})

@@ -5,6 +5,8 @@ FedAvg whose local loss is the cross-entropy of logits - tau n_c^(-1/4), n_c bei
 stay there. Classes a site lacks have an infinite margin and take no part in its softmax, so it never pushes them
 down: the limit of the formula. The margins are for training only. As with every such head, a site adapts it to its
 own classes before use: the personal result is the tuned head.
+Differs: the sum of the softmax includes the true class, as in the implementations in circulation; the formula as
+printed in the paper sums over the other classes only (our reading, not verified against the authors' code).
 """
 
 from dataclasses import dataclass

@@ -7,9 +7,12 @@ heads are realigned by their norms (common/realign.py).
 Differs from the authors' code: the frame has no (random, untrained) bias and exists for any number of classes,
 classes a site never trained on are masked by its training data (theirs: by its test data). Options beyond the
 paper, off by default: `psi_loss = "balanced"` trains psi with balanced softmax, `count_aware` averages every row
-of psi by the sites' samples of that class instead of by all their samples.
+of psi by the sites' samples of that class instead of by all their samples. The server then accepts a site's rows only
+if they are those of the head it sent, so federation.max_update bounds them as well; how a site divides its examples
+among the classes it can only take on trust.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -20,6 +23,7 @@ from torch.nn import functional as F
 
 from common import frame, realign
 from common.losses import balanced_softmax, log_prior
+from common.messages import Reply
 from common.methods.method import Method, Phase, Predictor, ServerState, Site
 from common.net import Maker, Net, Task
 from common.parts import Tensors
@@ -57,7 +61,7 @@ class FedLoGe(Method):
         }
 
     def init(self, net: Net, task: Task) -> ServerState:
-        """The server solves the frame once; sites get it from the server and check its digest."""
+        """The server solves the frame once; sites get its values with every order and never solve it themselves."""
         knobs = task.config.frame
         spec = frame.FrameSpec(
             dim=net.feature_dim,
@@ -91,6 +95,24 @@ class FedLoGe(Method):
         assert isinstance(head, nn.Linear)
         n = site.counts.to(head.weight)
         return {"n": n, "weight": head.weight.detach() * n[:, None], "bias": head.bias.detach() * n}
+
+    def statistics(self, net: Net) -> dict[str, tuple[int, ...]]:
+        if not self.count_aware:
+            return {}
+        classes, dim = _linear(net["global_head"]).weight.shape
+        return {"n": (classes,), "weight": (classes, dim), "bias": (classes,)}
+
+    def objection(self, reply: Reply) -> str:
+        """The samples of the classes are none below 0 and add up to the examples; the rows are those of the head."""
+        if not self.count_aware:
+            return ""
+        n, head = reply.sums["n"], reply.shared["global_head"]
+        if bool((n < 0).any()) or not math.isclose(float(n.double().sum()), reply.examples, rel_tol=1e-6):
+            return "its samples of the classes do not add up to its examples"
+        rows = {"weight": head["weight"] * n[:, None], "bias": head["bias"] * n}
+        if not all(torch.allclose(reply.sums[name], t) for name, t in rows.items()):
+            return "its weighted rows are not those of its global_head"
+        return ""
 
     def update(self, state: ServerState, mean: dict[str, Tensors], sums: Tensors, net: Net) -> ServerState:
         state = super().update(state, mean, sums, net)

@@ -2,8 +2,9 @@
 
 A method is stateless: a frozen dataclass whose fields are its knobs. It says which parts exist and who holds
 them, which phases a local round has and which parts each phase trains with which loss, how the server turns the
-mean of the replies into its next state, and which predictors come out. It never touches optimisers, batches,
-files or the network.
+mean of the replies into its next state, and which predictors come out. The optimiser and the batches of the local
+round are not its business (client/train.py); what it optimises itself is no part in training: CReFF's features and
+head at the server, the copies that tune.py makes for evaluation. It never touches files or the network.
 """
 
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.images import Images
+from common.messages import Reply
 from common.net import Maker, Net, Task
 from common.parts import Tensors, snapshot
 from common.realign import realigned
@@ -82,7 +84,7 @@ class ServerState:
 class Method(ABC):
     name: ClassVar[str]
     shared: ClassVar[frozenset[str]] = frozenset()  # averaged every round
-    fixed: ClassVar[frozenset[str]] = frozenset()  # made once by the server, sent once
+    fixed: ClassVar[frozenset[str]] = frozenset()  # made once by the server, the same in every round
     local: ClassVar[frozenset[str]] = frozenset()  # never leave the site
 
     @abstractmethod
@@ -91,7 +93,12 @@ class Method(ABC):
 
     @abstractmethod
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
-        """The local round. `net` holds the received and the site's own values at its start."""
+        """The local round. `net` holds the received and the site's own values at its start.
+
+        It is called once a round, before anything is trained. Beside returning the phases it may do two things:
+        measure the received model and leave what it found in `site.notes` for `extra` (CReFF), and overwrite a part
+        that is stated, not trained: `class_prior` (prior.exchange). Every other value in `net` stays as it is.
+        """
 
     def start(self, net: Net) -> None:  # noqa: B027 (a hook: most methods need none)
         """Called once at a site that has no local parts yet, after the first shared parts came in."""
@@ -99,6 +106,14 @@ class Method(ABC):
     def extra(self, net: Net, site: Site) -> Tensors:  # noqa: ARG002
         """Statistics to send with the reply; the server gets their sum over the round's sites."""
         return {}
+
+    def statistics(self, net: Net) -> dict[str, tuple[int, ...]]:  # noqa: ARG002
+        """Names and shapes of what `extra` returns, always float32: the server refuses a reply with anything else."""
+        return {}
+
+    def objection(self, reply: Reply) -> str:  # noqa: ARG002
+        """Why the server must refuse a reply of the right names and shapes with finite values; empty if it need not."""
+        return ""
 
     def init(self, net: Net, task: Task) -> ServerState:
         """The server's state before round 1. A method with fixed parts makes them here."""

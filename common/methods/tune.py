@@ -4,49 +4,31 @@ import copy
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.methods.method import Predictor, Site
 from common.seeds import isolated
+from common.sgd import fit
 
 
 def tuned(features: nn.Module, head: nn.Module, site: Site, what: Literal["head", "full"] = "head") -> Predictor:
     """A copy trained for `evaluation.tune_epochs` augmented passes: the head on features as they are when deployed,
     or everything."""
-    with isolated(site.task.config.seed, "tune", site.round, site.name):
-        return _whole(features, head, site) if what == "full" else Predictor(features, _head(features, head, site))
-
-
-def _head(features: nn.Module, start: nn.Module, site: Site) -> nn.Module:
-    head = copy.deepcopy(start).requires_grad_(True)
     features.eval()
-    optimizer = _sgd(head, site)
-    for epoch in range(site.task.config.evaluation.tune_epochs):
-        for x, y in site.batches("tune", epoch):
-            with torch.no_grad():
-                f = features(x)
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(head(f), y).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    return head.requires_grad_(False)
+    if what == "full":
+        features = copy.deepcopy(features).requires_grad_(True).train()
+    head = copy.deepcopy(head).requires_grad_(True)
 
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with torch.set_grad_enabled(what == "full"):
+            f = features(x)
+        return F.cross_entropy(head(f), y)
 
-def _whole(features: nn.Module, start: nn.Module, site: Site) -> Predictor:
-    model = nn.Sequential(copy.deepcopy(features), copy.deepcopy(start)).requires_grad_(True)
-    model.train()
-    optimizer = _sgd(model, site)
-    for epoch in range(site.task.config.evaluation.tune_epochs):
-        for x, y in site.batches("tune", epoch):
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    model.requires_grad_(False).eval()
-    return Predictor(model[0], model[1])
-
-
-def _sgd(module: nn.Module, site: Site) -> torch.optim.SGD:
-    train = site.task.config.train
-    return torch.optim.SGD(
-        module.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, foreach=True
-    )
+    config = site.task.config
+    groups = [list(module.parameters()) for module in ((features, head) if what == "full" else (head,))]
+    passes = (site.batches("tune", epoch) for epoch in range(config.evaluation.tune_epochs))
+    with isolated(config.seed, "tune", site.round, site.name):
+        fit(groups, passes, loss, config.train, site.device)
+    features.eval()
+    return Predictor(features.requires_grad_(False) if what == "full" else features, head.requires_grad_(False))

@@ -1,17 +1,25 @@
 """The round loop against a scripted fleet and a clock that only moves when told: no network, no waiting."""
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from client.train import Diverged
 from common.config import FederationConfig, parse
 from common.messages import Order, Reply
-from common.methods.method import ServerState
+from common.methods.fedavg import FedAvg
+from common.methods.method import Phase, ServerState, Site
 from common.net import Net, Task, build
+from common.parts import Tensors
 from server import rounds
-from server.fleet import Failure
+from server.fleet import Failure, LocalFleet
+from tests.fakes import SITES, Tiny, tiny
 
 NAMES = ("a", "b", "c", "d")
 
@@ -112,6 +120,23 @@ def test_without_quorum_nothing_changes(start) -> None:
     assert report.missing == ("b", "c", "d")
 
 
+def test_a_quorum_is_not_one_site_more_because_of_rounding(start) -> None:
+    assert math.ceil(0.07 * 100) == 8
+    task, net, state = start
+    names = [f"s{i:02d}" for i in range(100)]
+
+    @dataclass
+    class Hundred(Script):
+        def names(self) -> list[str]:
+            return names
+
+    for many, counts in ((6, 0), (7, 1)):
+        clock = Clock()
+        fleet = Hundred(clock, [(1, reply(name)) for name in names[:many]])
+        policy = FederationConfig(quorum=0.07, grace=0, deadline=10.0)
+        assert rounds.one_round(fleet, task.config.method, state, net, policy, 1, clock).state.round == counts
+
+
 def test_mean_is_weighted_by_examples(start) -> None:
     report, _ = one(start, [(1, reply("a", examples=30, shift=1.0)), (2, reply("b", examples=10, shift=5.0))], grace=0)
     assert moved(start, report) == pytest.approx(2.0, abs=1e-5)
@@ -140,8 +165,11 @@ BAD = {
     "dtype": (_spoil("global_head", lambda g: {**g, "bias": g["bias"].double()}), "float64[2] instead of float32[2]"),
     "nan": (_spoil("global_head", lambda g: {**g, "bias": g["bias"] * torch.nan}), "not finite"),
     "infinite": (_spoil("backbone", lambda g: {n: t / 0 for n, t in g.items()}), "not finite"),
+    "huge": (reply("d", shift=1e33), "too large to be averaged"),
     "norm": (reply("d", shift=100.0), "update's norm"),
-    "sums": (reply("d", sums={"n": torch.tensor(torch.inf)}), "not finite"),
+    "statistics": (reply("d", sums={"n": torch.ones(2)}), "statistics: n is not expected"),
+    "nan metric": (reply("d", metrics={"loss": math.nan}), "metric loss is not a finite number"),
+    "text metric": (reply("d", metrics={"loss": "low"}), "metric loss is not a finite number"),
     "failure": (lambda _: Failure("d", "no disk space"), "no disk space"),
 }
 
@@ -154,6 +182,106 @@ def test_a_bad_reply_is_refused_and_the_round_goes_on(start, case: str) -> None:
     assert reason in report.refused["d"]
     assert report.folded == ("a", "b")
     assert moved(start, report) == pytest.approx(0.5, abs=1e-5)
+
+
+def test_the_largest_values_that_are_accepted_have_a_finite_mean(start) -> None:
+    answers = [(t, reply(n, examples=10**7, shift=1e13)) for t, n in enumerate(NAMES)]
+    report, _ = one(start, answers)
+    assert report.folded == NAMES
+    assert moved(start, report) == pytest.approx(1e13)
+
+
+def test_live_parameters_are_folded_without_a_graph(start) -> None:
+    def live(order: Order) -> Reply:
+        sent = reply("a")(order)
+        for group in sent.shared.values():
+            for t in group.values():
+                t.requires_grad_(True)
+        return sent
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns when a tensor with a graph is read as a number
+        report, _ = one(start, [(1, live), (2, reply("b"))], max_update=50.0, grace=0)
+    assert report.folded == ("a", "b")
+    assert not any(t.requires_grad for group in report.state.parts.values() for t in group.values())
+
+
+def spoiled(federation: Tiny, spoil: Callable[[Reply], Reply]) -> rounds.RoundReport:
+    """A round in which north, the first to answer, spoils its reply."""
+    sites = {name: site.handle for name, site in federation.sites.items()}
+    honest = sites["north"]
+    sites["north"] = lambda order: spoil(honest(order))
+    policy = FederationConfig(quorum=0.5)
+    return rounds.one_round(LocalFleet(sites), federation.method, federation.state, federation.net, policy, 1)
+
+
+def with_sums(change: Callable[[Tensors], Tensors]) -> Callable[[Reply], Reply]:
+    return lambda reply: replace(reply, sums={**reply.sums, **change(reply.sums)})
+
+
+CREFF = {"name": "creff", "features_per_class": 4, "match_steps": 2, "retrain_epochs": 2}
+COUNT_AWARE = {"name": "fedloge", "count_aware": True}
+BAD_STATISTICS: dict[str, tuple[dict[str, Any], Callable[[Reply], Reply], str]] = {
+    "none": (CREFF, lambda r: replace(r, sums={}), "statistics: bias is missing"),
+    "one more": (CREFF, with_sums(lambda _: {"more": torch.ones(1)}), "statistics: more is not expected"),
+    "shape": (CREFF, with_sums(lambda s: {"bias": s["bias"][0]}), "bias is float32[4] instead of float32[4, 4]"),
+    "float64": (COUNT_AWARE, with_sums(lambda s: {"n": s["n"].double()}), "n is float64[4] instead of float32[4]"),
+    "integer": (COUNT_AWARE, with_sums(lambda s: {"n": s["n"].long()}), "n is int64[4] instead of float32[4]"),
+    "nan": (CREFF, with_sums(lambda s: {"weight": s["weight"] * torch.nan}), "weight has values that are not finite"),
+    "huge": (CREFF, with_sums(lambda s: {"weight": s["weight"] + 1e20}), "too large to be averaged"),
+    "minus one site": (CREFF, with_sums(lambda s: {"sites": -s["sites"]}), "neither 0 nor 1 site"),
+    "negative samples": (
+        COUNT_AWARE,
+        with_sums(lambda s: {"n": s["n"] + torch.tensor([9.0, -9, 0, 0])}),
+        "do not add up to its examples",
+    ),
+    "too many samples": (COUNT_AWARE, with_sums(lambda s: {"n": 2 * s["n"]}), "do not add up to its examples"),
+    "foreign rows": (COUNT_AWARE, with_sums(lambda s: {"weight": s["weight"] + 1}), "not those of its global_head"),
+    "foreign bias": (COUNT_AWARE, with_sums(lambda s: {"bias": s["bias"] + 1}), "not those of its global_head"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATISTICS)
+def test_bad_statistics_of_the_first_site_cost_the_others_nothing(case: str) -> None:
+    method, spoil, reason = BAD_STATISTICS[case]
+    report = spoiled(tiny(method, train={"epochs": 1}), spoil)
+    assert reason in report.refused["north"]
+    assert report.folded == tuple(sorted(SITES.keys() - {"north"}))
+    assert report.state.round == 1
+
+
+@pytest.mark.parametrize("method", [CREFF, COUNT_AWARE], ids=lambda method: method["name"])
+def test_a_method_declares_the_statistics_that_its_sites_send(method: dict[str, Any]) -> None:
+    replies: list[Reply] = []
+    federation = tiny(method, train={"epochs": 1})
+    report = spoiled(federation, lambda r: replies.append(r) or r)  # type: ignore[func-returns-value]
+    assert not report.refused
+    declared = federation.method.statistics(federation.net)
+    assert declared == {name: tuple(t.shape) for name, t in replies[0].sums.items()}
+
+
+@dataclass(frozen=True)
+class BreaksAtTheEnd(FedAvg):
+    """The loss of the only step is a number, its gradient is not: the root of 0 has none."""
+
+    def phases(self, net: Net, site: Site) -> Sequence[Phase]:
+        (phase,) = super().phases(net, site)
+
+        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
+            return phase.loss(net, x, y) + (0 * net["global_head"](net.features(x))).sum().sqrt()
+
+        return [replace(phase, loss=loss, epochs=1)]
+
+
+def test_a_site_that_diverges_in_its_last_step_sends_and_keeps_nothing() -> None:
+    federation = tiny({"name": "fedavg"}, model={"norm": "local"}, train={"batch": 100})
+    order = Order(1, "m", shared=federation.state.parts, fixed={})
+    broken = replace(federation.sites["north"], method=BreaksAtTheEnd())
+    with pytest.raises(Diverged, match=r"the norm of all the net's values is nan.*train\.lr"):
+        broken.handle(order)
+    assert broken.store.load(before=2) is None
+    federation.sites["north"].handle(order)
+    assert broken.store.load(before=2) is not None
 
 
 def test_a_second_answer_of_a_site_is_ignored(start) -> None:

@@ -26,8 +26,8 @@ from tests.unit.test_methods import SMALL_CREFF, everything, first_order, same
 torch.set_num_threads(1)
 
 
-def state(method: str, **knobs: Any) -> ServerState:
-    return tiny({"name": method, **knobs}).run(2)[-1].state
+def state(method: str, clip: float = 0.0, **knobs: Any) -> ServerState:
+    return tiny({"name": method, **knobs}, train={"clip": clip}).run(2)[-1].state
 
 
 def only(parts: dict[str, Tensors], *names: str) -> dict[str, Tensors]:
@@ -47,6 +47,7 @@ def gap(net: Net, ours: tuple[str, str], theirs: dict[str, Tensors]) -> float:
     return math.sqrt(squares)
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize(
     ("method", "knobs"),
     [
@@ -58,8 +59,9 @@ def gap(net: Net, ours: tuple[str, str], theirs: dict[str, Tensors]) -> float:
         ("creff", SMALL_CREFF),
     ],
 )
-def test_the_global_model_is_fedavgs_to_the_bit(method: str, knobs: dict[str, Any]) -> None:
-    expected, found = state("fedavg").parts, state(method, **knobs).parts
+def test_the_global_model_is_fedavgs_to_the_bit(method: str, knobs: dict[str, Any], clip: float) -> None:
+    """Also where gradients are clipped: what else a phase trains takes nothing from them."""
+    expected, found = state("fedavg", clip).parts, state(method, clip, **knobs).parts
     assert same(only(expected, "backbone", "global_head"), only(found, "backbone", "global_head"))
 
 
@@ -286,6 +288,30 @@ def test_fedetfs_logits_are_cosines_times_a_learned_temperature() -> None:
     assert not tuned["frame"].equal(state.parts["frame"]["weight"])
     assert not tuned["projection.weight"].equal(state.parts["projection"]["weight"])
     assert float(tuned["temperature"]) == temperature
+
+
+# FedLoGe
+
+
+def test_fedloges_count_aware_rows_are_means_over_the_samples_of_their_class() -> None:
+    sites = {"north": (0,) * 9 + (1,) * 2, "south": (0,) * 3 + (1,) * 8, "west": (2,) * 5}  # nobody has class 3
+    federation = tiny({"name": "fedloge", "count_aware": True}, sites=sites)
+    order = first_order(federation)
+    heads = [snapshot(site.handle(order).shared["global_head"]) for site in federation.sites.values()]
+    counts = torch.stack([site.counts for site in federation.sites.values()]).float()
+    counts[:, 3] = counts.sum(1)  # the plain mean: by all samples
+    share = counts / counts.sum(0)
+    expected = {
+        "weight": torch.einsum("kc,kcd->cd", share, torch.stack([head["weight"] for head in heads])),
+        "bias": torch.einsum("kc,kc->c", share, torch.stack([head["bias"] for head in heads])),
+    }
+    found = federation.run(1)[-1].state.parts
+    plain = tiny({"name": "fedloge"}, sites=sites).run(1)[-1].state.parts
+    for name, t in expected.items():
+        torch.testing.assert_close(found["global_head"][name], t)
+        assert found["global_head"][name][3].equal(plain["global_head"][name][3])
+        assert not torch.allclose(found["global_head"][name][:2], plain["global_head"][name][:2])
+    assert same(only(plain, "backbone", "frame"), only(found, "backbone", "frame"))
 
 
 # CReFF
