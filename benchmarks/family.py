@@ -34,7 +34,7 @@ CPU_SCALE = (
     Row("fedavg-ft", THREE, "fedavg-ft", ("method.probes=true",)),
     Row("fedloge-norm1", THREE, "fedloge"),
     Row("fedloge-norm0.1", THREE, "fedloge", ("frame.norm=0.1",)),
-    Row("balanced", THREE, "balanced", ("method.prior=global",)),
+    Row("balanced-global", THREE, "balanced", ("method.prior=global",)),
     Row("fedrod", THREE, "fedrod"),
     Row("local", (1,), "local"),
     Row("fedprox", (1,), "fedprox"),

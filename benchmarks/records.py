@@ -1,6 +1,6 @@
 """Records: small, complete and never edited. Tables are made from them by a command.
 
-    python -m benchmarks.records add FAMILY RUN_FOLDER...   copy what a reader needs of finished runs
+    python -m benchmarks.records add FAMILY RUN_FOLDER...   copy what a reader needs of finished runs (NAME-sSEED)
     python -m benchmarks.records tables                     write benchmarks/RESULTS.md from all records
 
 A record is `benchmarks/records/FAMILY/RUN/` with config.json, environment.json, log.jsonl (a line a round: loss,
@@ -42,6 +42,10 @@ def add(family: str, run: Path) -> Path:
     record = RECORDS / family / run.name
     if record.exists():
         return record
+    if not (run / "metrics.json").exists():
+        raise SystemExit(f"{run}: has no metrics.json: finish the run first")
+    final, record = record, record.with_name(f".{record.name}.partial")
+    shutil.rmtree(record, ignore_errors=True)
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     record.mkdir(parents=True)
     for name in ("config.json", "environment.json"):
@@ -54,7 +58,7 @@ def add(family: str, run: Path) -> Path:
             log.write(json.dumps(_log_line(json.loads(line))) + "\n")
     kept = {key: value for key, value in metrics.items() if key not in ("evaluations", "loss")}
     _write(record / "metrics.json", kept)
-    return record
+    return record.rename(final)
 
 
 def _log_line(event: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def results() -> str:
         "deviation over seeds. Δ is the mean paired difference to the reference row, seed by seed, ± its standard",
         "error.",
     ]
-    for family in sorted(path for path in RECORDS.iterdir() if path.is_dir()):
+    for family in sorted(path for path in RECORDS.glob("*") if path.is_dir()):
         text += ["", f"## {family.name}", *_about(family)]
         for kind, title in (("generic", "Generic models (GM)"), ("personal", "Personal models (PM)")):
             text += ["", f"### {title}", "", *_table(family, kind)]
@@ -93,11 +97,13 @@ def _about(family: Path) -> list[str]:
 
 def _table(family: Path, kind: str) -> list[str]:
     rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for record in sorted(path for path in family.iterdir() if path.is_dir()):
-        metrics = json.loads((record / "metrics.json").read_text(encoding="utf-8"))
-        config = json.loads((record / "config.json").read_text(encoding="utf-8"))
+    for record in sorted(family.glob("*/metrics.json")):
+        metrics = json.loads(record.read_text(encoding="utf-8"))
         for name, values in metrics[kind].items():
-            rows.setdefault((_label(config, name), name), {})[metrics["seed"]] = values
+            by_seed = rows.setdefault((_label(record.parent.name, name), name), {})
+            if metrics["seed"] in by_seed:
+                raise SystemExit(f"{record.parent}: its row {name} has a result for seed {metrics['seed']} already")
+            by_seed[metrics["seed"]] = values
     if not rows:
         return ["(no predictor of this kind)"]
     reference = _reference(rows, kind)
@@ -115,17 +121,11 @@ def _table(family: Path, kind: str) -> list[str]:
     return lines
 
 
-def _label(config: dict[str, Any], predictor: str) -> str:
-    """The method and what makes its run differ from its defaults."""
-    method = dict(config["method"])
-    label = str(method.pop("name"))
-    if label == "fedavg-ft" and predictor != "tuned":
-        label = "fedavg"  # the same training to the bit; only the tuned head is the other method's
-    if "fedloge" in label:
-        label += f", frame norm {config['frame']['norm']:g}"
-    if method.get("prior") == "global":
-        label += ", global prior"
-    return label
+def _label(record: str, predictor: str) -> str:
+    """The row of a family a record belongs to: its name without the seed."""
+    label = record.rpartition("-s")[0]
+    # the same training to the bit; only the tuned head is the other method's
+    return "fedavg" if label == "fedavg-ft" and predictor != "tuned" else label
 
 
 def _reference(rows: dict[tuple[str, str], Any], kind: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from common.realign import masked
 
 
 class FeatureCache:
-    """Features of a fixed test set. Those of the `shared` backbone are computed once for all its heads.
+    """Features of a fixed set of images. Those of the `shared` backbone are computed once for all its heads.
 
     Valid only while the shared backbone does not change: make a new one for every evaluation.
     """
@@ -23,14 +23,20 @@ class FeatureCache:
         self._device = device
         self._batch = batch
         self._shared = shared
-        self._all: Tensor | None = None
+        self._place = torch.full((len(images),), -1)  # of every image: its row in `_rows`, -1 if it has none yet
+        self._rows: Tensor | None = None
 
     def of(self, features: nn.Module, index: Tensor) -> Tensor:
         if features is not self._shared:
             return self._compute(features, index)
-        if self._all is None:
-            self._all = self._compute(features, torch.arange(len(self.images)))
-        return self._all[index.to(self._all.device)]
+        new = index[self._place[index] < 0].unique()  # type: ignore[no-untyped-call]
+        if len(new):
+            rows = self._compute(features, new)
+            known = 0 if self._rows is None else len(self._rows)
+            self._place[new] = torch.arange(known, known + len(new))
+            self._rows = rows if self._rows is None else torch.cat([self._rows, rows])
+        assert self._rows is not None
+        return self._rows[self._place[index].to(self._rows.device)]
 
     @torch.no_grad()
     def _compute(self, features: nn.Module, index: Tensor) -> Tensor:

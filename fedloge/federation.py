@@ -28,9 +28,9 @@ class Federation:
     net: Net
     device: torch.device
     images: Images  # training images of everybody
-    test: Images
+    test: Images  # with evaluation.on = "holdout" the training images, of which only held ones are judged
     sites: dict[str, Participant]
-    judged_on: dict[str, Tensor]  # per site: index into `test` (or into `images`, for the hold-out)
+    judged_on: dict[str, Tensor]  # per site: index into `test`
     global_index: Tensor
     groups: tuple[metrics.Groups, ...]
 
@@ -151,7 +151,13 @@ def save_models(federation: Federation, method: Method, state: ServerState, fold
         tensors = _prefixed("head", predictor.head)
         if own:
             tensors |= _prefixed("backbone", predictor.features)
-        note = {**about, "predictor": predictor_name, "backbone": "own" if own else "generic.safetensors"}
+        note = {
+            **about,
+            "predictor": predictor_name,
+            "backbone": "own" if own else "generic.safetensors",
+            # the model is meant, and judged, among these
+            "trained_classes": json.dumps([federation.task.classes[c] for c in participant.counts.nonzero().flatten()]),
+        }
         parts.save(folder / "personal" / f"{name}.safetensors", tensors, note, durable=False)
 
 

@@ -43,6 +43,13 @@ def summary(config: Config, history: list[dict[str, Any]], groups: tuple[Groups,
     }
 
 
+def finished(folder: Path, rounds: int) -> dict[str, Any] | None:
+    """The result of a run that has come to its end after `rounds` rounds."""
+    path = folder / "metrics.json"
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return result if result.get("rounds") == rounds else None
+
+
 def evaluated(config: Config, round: int) -> bool:
     """Whether the models are judged after `round`. A run that is given more rounds loses its former last one."""
     wish = config.evaluation

@@ -2,8 +2,8 @@
 
 The run folder holds `config.json`, `environment.json`, `events.jsonl` (one line a round), `metrics.json` (the
 result), `checkpoints/`, `sites/` (every site's local parts) and `models/` (final models, safetensors). The same
-command goes on where a run stopped. Times are in events.jsonl only, so everything else is the same bit for bit
-whether the run was interrupted or not.
+command goes on where a run stopped; of a finished one it gives the result. Times are in events.jsonl only, so every
+tensor and every figure is the same bit for bit whether the run was interrupted or not.
 """
 
 import json
@@ -51,12 +51,16 @@ def simulate(config: Config, folder: Path, progress: Callable[[Progress], None])
                     f"{folder} holds {found.state.round} rounds, more than federation.rounds = "
                     f"{config.federation.rounds}: ask for as many or more, or name another folder with --out"
                 )
+            if found.state.round == config.federation.rounds and (
+                done := run_folder.finished(folder, found.state.round)
+            ):
+                return done
         federation = start[0] if start else assemble(config, folder)
         if found is None:
             state = start[1] if start else config.method.init(federation.net, federation.task)
             found = Checkpoint(state, [], config.as_dict(), federation.fingerprint())
         else:
-            if found.data != federation.fingerprint():
+            if found.data not in ("", federation.fingerprint()):
                 raise UserError(
                     f"{folder}: the data or its split is not what the run began with: bring it back, or --out"
                 )

@@ -69,7 +69,7 @@ def read(path: Path) -> Checkpoint:
             part, _, name = rest.partition("/")
             groups.setdefault(part, {})[name] = t
     state = ServerState(round=int(about["round"]), parts=groups, extra=extra)
-    return Checkpoint(state, json.loads(about["history"]), json.loads(about["config"]), about["data"])
+    return Checkpoint(state, json.loads(about["history"]), json.loads(about["config"]), about.get("data", ""))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -136,9 +136,10 @@ def test_features_of_the_shared_backbone_are_computed_once_for_all_heads_and_sit
     predictors = {str(n): Predictor(backbone, head(n)) for n in range(5)}
     for site in INDICES.values():
         evaluate(predictors, cache, site, BY)
-    assert backbone.seen == [7, 7, 7, 7, 7, 7, 3]
+    first = len(backbone.seen)
+    assert sum(backbone.seen) == len(torch.cat(list(INDICES.values())).unique())  # each image once, no other
     evaluate(predictors, FeatureCache(test, CPU, BATCH, backbone), INDICES["one"], BY)
-    assert backbone.seen[7:] == [7, 7, 7, 7, 7, 7, 3]  # a new evaluation computes them anew: it may have changed
+    assert backbone.seen[first:] == [1]  # a new evaluation computes them anew: it may have changed
 
 
 def test_a_backbone_of_ones_own_is_computed_on_its_own_images_every_time(test: Images) -> None:

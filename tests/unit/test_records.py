@@ -132,7 +132,7 @@ def test_a_record_that_is_there_is_never_changed(tmp_path: Path) -> None:
 def test_an_unfinished_run_leaves_no_record(tmp_path: Path) -> None:
     run = finished(tmp_path / "run", {"name": "fedavg"})
     (run / "metrics.json").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SystemExit, match="finish the run first"):
         records.add("family", run)
     assert not (tmp_path / "records").exists()
 
@@ -162,9 +162,9 @@ def test_several_seeds_have_a_mean_and_a_standard_deviation(tmp_path: Path) -> N
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     """Gaps of 3, 4 and 2: mean 3, standard deviation 1, standard error 1 / sqrt(3), whatever the seeds differ by."""
     for seed, ours, theirs in ((1, 0.13, 0.10), (2, 0.44, 0.40), (3, 0.72, 0.70)):
-        added(tmp_path, "a", "fedloge", seed, generic={"psi": figures(ours)})
-        added(tmp_path, "b", "fedavg", seed, generic={"head": figures(theirs)})
-    assert row("fedloge, frame norm 1", "psi")["delta"] == "+3.0 ± 0.6"
+        added(tmp_path, "fedloge-norm1", "fedloge", seed, generic={"psi": figures(ours)})
+        added(tmp_path, "fedavg", "fedavg", seed, generic={"head": figures(theirs)})
+    assert row("fedloge-norm1", "psi")["delta"] == "+3.0 ± 0.6"
     assert row("fedavg", "head")["delta"] == ""
 
 
@@ -180,10 +180,10 @@ def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
 
 
 def test_rows_stand_in_the_order_of_their_means(tmp_path: Path) -> None:
-    added(tmp_path, "a", "fedprox", generic={"head": figures(0.2)})
-    added(tmp_path, "b", "fedavg", generic={"head": figures(0.3), "head realigned": figures(0.4)})
+    added(tmp_path, "fedprox", "fedprox", generic={"head": figures(0.2)})
+    added(tmp_path, "fedavg", "fedavg", generic={"head": figures(0.3), "head realigned": figures(0.4)})
     for seed, top1 in ((1, 0.1), (2, 0.7)):
-        added(tmp_path, "c", "fedlc", seed, generic={"head": figures(top1)})
+        added(tmp_path, "fedlc", "fedlc", seed, generic={"head": figures(top1)})
     assert [cells[:2] for cells in rows()[1:]] == [
         ["fedavg", "head realigned"], ["fedlc", "head"], ["fedavg", "head"], ["fedprox", "head"],
     ]  # fmt: skip
@@ -204,22 +204,22 @@ def test_each_kind_of_model_has_its_own_reference(tmp_path: Path) -> None:
 
 
 def test_without_fedavg_another_row_is_the_reference_and_the_header_names_it(tmp_path: Path) -> None:
-    added(tmp_path, "a", "fedper", personal={"local": figures(0.6)})
-    added(tmp_path, "b", "local", personal={"local": figures(0.5)})
+    added(tmp_path, "fedper", "fedper", personal={"local": figures(0.6)})
+    added(tmp_path, "local", "local", personal={"local": figures(0.5)})
     header, *others = rows("Personal")
     assert header[-1] == "Δ to fedper / local"
     assert [cells[0] + cells[-1] for cells in others] == ["fedper", "local-10.0"]
     assert "(no predictor of this kind)" in records.results()  # nobody has a generic model
 
 
-def test_what_makes_a_run_another_is_in_its_label(tmp_path: Path) -> None:
-    added(tmp_path, "one", "fedloge", generic={"psi": figures(0.31)}, norm=1.0)
-    added(tmp_path, "tenth", "fedloge", generic={"psi": figures(0.32)}, norm=0.1)
-    added(tmp_path, "global", {"name": "balanced", "prior": "global"}, generic={"head": figures(0.33)})
-    added(tmp_path, "local", {"name": "balanced", "prior": "local"}, generic={"head": figures(0.34)})
-    assert [cells[0] for cells in rows()[1:]] == [
-        "balanced", "balanced, global prior", "fedloge, frame norm 0.1", "fedloge, frame norm 1",
-    ]  # fmt: skip
+def test_a_row_is_named_by_its_records_and_has_one_result_a_seed(tmp_path: Path) -> None:
+    for name, top1 in (("fedloge-norm1", 0.31), ("fedloge-norm0.1", 0.32)):
+        added(tmp_path, name, "fedloge", generic={"psi": figures(top1)})
+    assert [cells[0] for cells in rows()[1:]] == ["fedloge-norm0.1", "fedloge-norm1"]
+    for name in ("fedavg", "fedavg-ft"):
+        added(tmp_path, name, name, generic={"head": figures(0.3)})
+    with pytest.raises(SystemExit, match="a result for seed 1 already"):
+        records.results()
 
 
 def test_families_have_their_own_tables_and_notes(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_the_command_adds_and_writes_the_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [
-        finished(tmp_path / f"run-s{seed}", {"name": "fedavg"}, seed, {"head": figures(0.5 + seed / 100)})
+        finished(tmp_path / f"fedavg-s{seed}", {"name": "fedavg"}, seed, {"head": figures(0.5 + seed / 100)})
         for seed in (1, 2)
     ]
     monkeypatch.setattr(sys, "argv", ["records", "add", "family", *map(str, runs)])
