@@ -1,6 +1,7 @@
 """Run a family of experiments: every method and seed that belongs together, what is missing of it.
 
     python -m benchmarks.family cpu-scale --data FOLDER [--jobs 2] [--only fedloge] [--list]
+    python -m benchmarks.family demo-choice
 
 Runs go to `runs/FAMILY/NAME`; each resumes where it stopped, finished ones are skipped, and every finished run
 becomes a record. FOLDER is what the experiment's source reads (for CIFAR-10 the folder of cifar-10-batches-py).
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import records
 
-EXPERIMENTS = Path(__file__).parent / "experiments"
+HERE = Path(__file__).parent
 THREE = (1, 2, 3)
 
 
@@ -48,19 +49,28 @@ CPU_SCALE = (
     Row("fedetf", (1,), "fedetf"),
     Row("creff", (1,), "creff"),
 )
-FAMILIES = {"cpu-scale": CPU_SCALE}
+# How the demo's frame norm and rounds were chosen: on images put aside from every site's training set.
+DEMO_CHOICE = tuple(
+    Row(f"norm{norm}-rounds{rounds}", (1,), "fedloge",
+        (f"frame.norm={norm}", f"federation.rounds={rounds}", "partition.holdout=0.25", "evaluation.on=holdout"))
+    for norm in ("0.1", "0.3", "1.0", "3.0") for rounds in (30, 60, 120)
+)  # fmt: skip
+FAMILIES = {
+    "cpu-scale": (HERE / "experiments" / "cpu-scale.toml", CPU_SCALE),
+    "demo-choice": (HERE.parent / "fedloge" / "demo.toml", DEMO_CHOICE),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=sorted(FAMILIES))
-    parser.add_argument("--data", required=True, help="the folder or file of the data")
+    parser.add_argument("--data", default="", help="the folder or file of the data")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
     parser.add_argument("--list", action="store_true", help="print what is missing and leave")
     options = parser.parse_args()
-    rows = [row for row in FAMILIES[options.family] if options.only in row.name]
+    rows = [row for row in FAMILIES[options.family][1] if options.only in row.name]
     # seed by seed: after the first pass every row has a result
     todo = [(row, seed) for seed in THREE for row in rows if seed in row.seeds and not _recorded(options, row, seed)]
     if options.list:
@@ -81,9 +91,10 @@ def _run(options: argparse.Namespace, row: Row, seed: int) -> str | None:
     name = f"{row.name}-s{seed}"
     folder = options.runs / options.family / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "fedloge", "simulate", str(EXPERIMENTS / f"{options.family}.toml")]
+    command = [sys.executable, "-m", "fedloge", "simulate", str(FAMILIES[options.family][0])]
     command += ["--method", row.method, "--seed", str(seed), "--out", str(folder)]
-    for setting in (f"data.path={options.data}", *row.settings):
+    place = (f"data.path={options.data}",) if options.data else ()
+    for setting in (*place, *row.settings):
         command += ["--set", setting]
     with folder.with_suffix(".log").open("a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
