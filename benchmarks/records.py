@@ -83,7 +83,7 @@ def results() -> str:
         "deviation over seeds. Δ is the mean paired difference to the reference row, seed by seed, ± its standard",
         "error.",
     ]
-    for family in sorted(path for path in RECORDS.glob("*") if path.is_dir()):
+    for family in sorted({path.parents[1] for path in RECORDS.glob("*/*/metrics.json")}):
         text += ["", f"## {family.name}", *_about(family)]
         for kind, title in (("generic", "Generic models (GM)"), ("personal", "Personal models (PM)")):
             text += ["", f"### {title}", "", *_table(family, kind)]

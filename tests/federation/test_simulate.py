@@ -375,7 +375,10 @@ def command(tmp_path: Path) -> list[str]:
 
 def stopped_in_round_two(command: list[str], environment: dict[str, str], how: int) -> tuple[int, str]:
     """Start the command and send it a signal once it has reported two rounds; its exit status and what it said."""
+    # a test run in the background of a script ignores Ctrl-C, and would hand that down to the child
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     assert child.stderr is not None
     said, rounds = [], 0
     for line in child.stderr:
