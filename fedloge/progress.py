@@ -12,20 +12,25 @@ class ProgressLine:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        self._began = time.monotonic()
-        self._first: int | None = None
+        self._first: tuple[int, float] | None = None
 
     def show(self, round: int, rounds: int, evaluation: dict[str, Any] | None) -> None:
-        """`evaluation` is the newest one; its first predictors are the ones shown."""
+        """`evaluation` is the newest one; its first predictors are the ones shown.
+
+        Time left is known from the second round on: before the end of the first the data is read and the frame solved,
+        which no other round costs again.
+        """
+        now = time.monotonic()
         if self._first is None:
-            self._first = round - 1
+            self._first = round, now
         if not (self._live or round == rounds or round * LINES // rounds > (round - 1) * LINES // rounds):
             return
-        elapsed = time.monotonic() - self._began
-        left = elapsed / (round - self._first) * (rounds - round)
+        first, began = self._first
         done = WIDTH * round // rounds
         bar = "#" * done + "-" * (WIDTH - done)
-        text = f"round {round}/{rounds} [{bar}] {_clock(left)} left"
+        text = f"round {round}/{rounds} [{bar}]"
+        if round > first:
+            text += f" {_clock((now - began) / (round - first) * (rounds - round))} left"
         if evaluation is not None:
             for kind in ("generic", "personal"):
                 for name, result in list(evaluation[kind].items())[:1]:

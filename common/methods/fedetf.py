@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import frame
+from common.config import FrameConfig
 from common.losses import balanced_softmax, log_prior
-from common.methods.fedloge import FrameHead
+from common.methods.fedloge import FrameHead, solve_frame
 from common.methods.method import Method, Phase, Predictor, ServerState, Site
 from common.methods.tune import tuned
 from common.net import Maker, Net, Task
@@ -72,10 +72,8 @@ class FedETF(Method):
         }
 
     def init(self, net: Net, task: Task) -> ServerState:
-        """The server makes the simplex once; sites get its values with every order and never make it themselves."""
-        classes = len(task.classes)
-        spec = frame.FrameSpec(dim=classes, classes=classes, norm=1.0, sparsity=0.0, seed=task.config.frame.seed)
-        net.load({"frame": {"weight": frame.build(spec).weight}})
+        """Of the frame's knobs a full simplex of unit rows has only the seed."""
+        solve_frame(net, FrameConfig(norm=1.0, sparsity=0.0, seed=task.config.frame.seed))
         return super().init(net, task)
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:

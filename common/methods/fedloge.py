@@ -14,7 +14,7 @@ among the classes it can only take on trust.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import frame, realign
+from common.config import FrameConfig
 from common.losses import balanced_softmax, log_prior
 from common.messages import Reply
 from common.methods.method import Method, Phase, Predictor, ServerState, Site
 from common.net import Maker, Net, Task
-from common.parts import Tensors
+from common.parts import Tensors, tensors
 
 
 class FrameHead(nn.Module):
@@ -40,6 +41,13 @@ class FrameHead(nn.Module):
 
     def forward(self, f: Tensor) -> Tensor:
         return F.linear(f, self.weight)
+
+
+def solve_frame(net: Net, knobs: FrameConfig) -> None:
+    """The server solves W once; sites get its values with every order and never solve it themselves."""
+    classes, dim = tensors(net["frame"])["weight"].shape
+    spec = frame.FrameSpec(dim=dim, classes=classes, **asdict(knobs))
+    net.load({"frame": {"weight": frame.build(spec).weight}})
 
 
 @dataclass(frozen=True)
@@ -61,18 +69,7 @@ class FedLoGe(Method):
         }
 
     def init(self, net: Net, task: Task) -> ServerState:
-        """The server solves the frame once; sites get its values with every order and never solve it themselves."""
-        knobs = task.config.frame
-        spec = frame.FrameSpec(
-            dim=net.feature_dim,
-            classes=len(task.classes),
-            norm=knobs.norm,
-            sparsity=knobs.sparsity,
-            solver=knobs.solver,
-            seed=knobs.seed,
-            best_effort=knobs.best_effort,
-        )
-        net.load({"frame": {"weight": frame.build(spec).weight}})
+        solve_frame(net, task.config.frame)
         return super().init(net, task)
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:

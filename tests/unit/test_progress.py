@@ -61,25 +61,28 @@ def test_the_line_says_round_time_and_the_newest_figures_of_the_first_predictors
     clock: Clock, stream: io.StringIO
 ) -> None:
     line = ProgressLine(stream)
-    clock.now += 30
-    line.show(1, 4, judged(0.4123))
-    assert shown(stream) == [
-        "round 1/4 [######------------------] 1:30 left  generic (psi realigned) 41.2 %  personal (phi+psi_k) 75.0 %"
-    ]
+    line.show(1, 4, judged(0.1))
+    clock.now += 45
+    line.show(2, 4, judged(0.4123))
+    assert shown(stream)[-1] == (
+        "round 2/4 [############------------] 1:30 left  generic (psi realigned) 41.2 %  personal (phi+psi_k) 75.0 %"
+    )
 
 
 def test_before_the_first_evaluation_it_has_no_figures(clock: Clock) -> None:
-    del clock
     stream = io.StringIO()
-    ProgressLine(stream).show(1, 2, None)
-    assert shown(stream) == ["round 1/2 [############------------] 0:00 left"]
+    line = ProgressLine(stream)
+    line.show(1, 3, None)
+    clock.now += 9
+    line.show(2, 3, None)
+    assert shown(stream) == ["round 1/3 [########----------------]", "round 2/3 [################--------] 0:09 left"]
 
 
 def test_without_a_generic_model_it_shows_the_personal_one(clock: Clock) -> None:
     del clock
     stream = io.StringIO()
     ProgressLine(stream).show(2, 2, judged(None, generic=False))
-    assert shown(stream) == [f"round 2/2 [{'#' * WIDTH}] 0:00 left  personal (phi+psi_k) 75.0 %"]
+    assert shown(stream) == [f"round 2/2 [{'#' * WIDTH}]  personal (phi+psi_k) 75.0 %"]
 
 
 def test_a_figure_that_is_none_is_no_crash(clock: Clock) -> None:
@@ -154,26 +157,28 @@ def test_it_goes_to_standard_error_unless_told(capsys: pytest.CaptureFixture[str
 # --- time left -------------------------------------------------------------------------------------------------------
 
 
-def test_time_left_is_the_mean_of_the_rounds_so_far_times_those_to_come(clock: Clock) -> None:
+def test_time_left_is_the_mean_of_the_rounds_since_the_first_times_those_to_come(clock: Clock) -> None:
+    """What comes before the first is shown, such as reading the data, is no measure of a round."""
     stream = Terminal()
     line = ProgressLine(stream)
-    for n, seconds in enumerate((10, 30, 20), 1):
+    clock.now += 10_000
+    line.show(1, 5, None)
+    for n, seconds in ((2, 10), (3, 30), (4, 80), (5, 0)):
         clock.now += seconds
         line.show(n, 5, None)
-    clock.now += 100
-    line.show(4, 5, None)
-    line.show(5, 5, None)
-    assert [left(text) for text in shown(stream)] == ["0:40", "1:00", "0:40", "0:40", "0:00"]
+    first, *others = shown(stream)
+    assert " left" not in first
+    assert [left(text) for text in others] == ["0:30", "0:40", "0:40", "0:00"]
 
 
 def test_a_run_that_goes_on_counts_only_its_own_rounds(clock: Clock) -> None:
     """Rounds before it cost it no time."""
     stream = Terminal()
     line = ProgressLine(stream)
-    for n in range(91, 94):
+    for n in range(91, 95):
         clock.now += 60
         line.show(n, 100, None)
-    assert [left(text) for text in shown(stream)] == ["9:00", "8:00", "7:00"]
+    assert [left(text) for text in shown(stream)[1:]] == ["8:00", "7:00", "6:00"]
 
 
 def test_equal_rounds_take_off_their_time_from_round_to_round(clock: Clock) -> None:
@@ -182,8 +187,17 @@ def test_equal_rounds_take_off_their_time_from_round_to_round(clock: Clock) -> N
     for n in range(1, 51):
         clock.now += 7
         line.show(n, 50, None)
-    expected = [f"{7 * (50 - n) // 60}:{7 * (50 - n) % 60:02d}" for n in range(1, 51)]
-    assert [left(text) for text in shown(stream)] == expected
+    expected = [f"{7 * (50 - n) // 60}:{7 * (50 - n) % 60:02d}" for n in range(2, 51)]
+    assert [left(text) for text in shown(stream)[1:]] == expected
+
+
+def test_a_log_file_counts_the_rounds_it_does_not_show(clock: Clock) -> None:
+    stream = io.StringIO()
+    line = ProgressLine(stream)
+    for n in range(1, 301):
+        clock.now += 6
+        line.show(n, 300, None)
+    assert [left(text) for text in shown(stream)] == [f"{30 - n}:00" for n in range(1, 31)]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +208,7 @@ def test_equal_rounds_take_off_their_time_from_round_to_round(clock: Clock) -> N
 def test_time_left_reads_like_a_clock(clock: Clock, seconds: float, text: str) -> None:
     stream = Terminal()
     line = ProgressLine(stream)
+    line.show(1, 3, None)
     clock.now += seconds
-    line.show(1, 2, None)
-    assert [left(state) for state in shown(stream)] == [text]
+    line.show(2, 3, None)
+    assert [left(state) for state in shown(stream)[1:]] == [text]
