@@ -131,16 +131,21 @@ class TrainConfig:
 class FederationConfig:
     rounds: int = 30
     fraction: float = 1.0  # share of the sites that train in a round: max(int(fraction * sites), 1)
+    min_clients: int = 1  # sites that must be reachable before a round starts
+    wait: float = 600.0  # seconds to wait for them before the attempt counts as failed
     quorum: float = 0.5  # share of a round's sites whose replies make it count
     grace: float = 60.0  # seconds a round stays open after its quorum is in
     deadline: float = 3600.0  # seconds after which a round is closed whatever is in
     failures: int = 3  # rounds in a row without a quorum after which the run is given up
+    fold: Literal["arrival", "name"] = "arrival"  # name: the order of the sites' names, the same bits in every run
     max_update: float = 0.0  # largest norm of a site's change to the shared parts; 0 accepts any finite one
     max_examples: int = 10_000_000  # no site may claim to stand for more
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "federation.rounds", self.rounds, "1 or more")
         require(0 < self.fraction <= 1, "federation.fraction", self.fraction, "a number in (0, 1]")
+        require(self.min_clients >= 1, "federation.min_clients", self.min_clients, "1 or more")
+        require(self.wait >= 0, "federation.wait", self.wait, "0 or more seconds")
         require(0 < self.quorum <= 1, "federation.quorum", self.quorum, "a number in (0, 1]")
         require(self.grace >= 0, "federation.grace", self.grace, "0 or more seconds")
         require(self.deadline > 0, "federation.deadline", self.deadline, "a number of seconds above 0")
@@ -215,6 +220,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     `method=NAME` stands for a new `[method]` section: knobs of the file's method would not be its own.
     """
+    return parse(read(path, overrides))
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The table of a TOML file with its overrides, not yet checked."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -223,18 +233,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{path}: is not valid TOML ({error}): mend the file there") from None
     for override in overrides:
         _override(table, override)
-    return parse(table)
+    return table
 
 
 def parse(table: Mapping[str, Any]) -> Config:
     from common.methods import METHODS
 
-    method = dict(_table(table.get("method", {}), "method"))
+    method = dict(section(table.get("method", {}), "method"))
     name = method.pop("name", "fedloge")
     if not isinstance(name, str) or name not in METHODS:
         raise UsageError(f"method.name = {name!r} is not a method: use one of {', '.join(sorted(METHODS))}")
     rest = {key: value for key, value in table.items() if key != "method"}
-    return _build(Config, rest, "", method=_build(METHODS[name], method, "method."))
+    return build(Config, rest, "", method=build(METHODS[name], method, "method."))
 
 
 def _override(table: dict[str, Any], override: str) -> None:
@@ -256,13 +266,13 @@ def _override(table: dict[str, Any], override: str) -> None:
     table[last] = value
 
 
-def _table(value: object, where: str) -> Mapping[str, Any]:
+def section(value: object, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise UsageError(f"{where} = {value!r} must be a section: write [{where}]")
     return value
 
 
-def _build(kind: type[T], table: Mapping[str, Any], where: str, **given: Any) -> T:
+def build(kind: type[T], table: Mapping[str, Any], where: str, **given: Any) -> T:
     """An instance of the dataclass `kind` from a TOML table; `where` prefixes keys in messages."""
     assert is_dataclass(kind)
     hints = typing.get_type_hints(kind, localns={"Method": object})
@@ -273,7 +283,7 @@ def _build(kind: type[T], table: Mapping[str, Any], where: str, **given: Any) ->
             raise UsageError(f"unknown key {where}{key}: use one of {', '.join(sorted(known)) or 'none'}")
         hint = hints[key]
         if is_dataclass(hint):
-            values[key] = _build(typing.cast(type, hint), _table(value, f"{where}{key}"), f"{where}{key}.")
+            values[key] = build(typing.cast(type, hint), section(value, f"{where}{key}"), f"{where}{key}.")
         else:
             values[key] = _value(hint, value, f"{where}{key}")
     for key, f in known.items():
@@ -287,6 +297,10 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         allowed = get_args(hint)
         require(value in allowed, key, value, "one of " + ", ".join(map(str, allowed)))
         return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UsageError(f"{key} = {value!r} has the wrong type: use a list")
+        return tuple(_value(get_args(hint)[0], item, key) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
         return float(value)
     if get_origin(hint) is types.UnionType:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from client.judge import judge as judge_site
 from client.participant import Participant
 from client.store import Store
 from common import metrics, partition, parts, sources
@@ -110,16 +111,21 @@ def judge(federation: Federation, method: Method, state: ServerState) -> dict[st
     net.load(state.parts)
     cache = FeatureCache(federation.test, federation.device, config.evaluation.batch, common_backbone(net, state))
     generic = evaluate(method.served(net, federation.task), cache, federation.global_index, federation.groups)
-    personal: dict[str, dict[str, Any]] = {}
+    at_sites: dict[str, dict[str, dict[str, Any]]] = {"generic": {}, "personal": {}}
     for name, participant in federation.sites.items():
         participant.prepare(state.parts, before=state.round + 1)
-        site = participant.site(state.round)
-        found = evaluate(method.personal(net, site), cache, federation.judged_on[name], federation.groups, site.support)
-        for predictor, result in found.items():
-            personal.setdefault(predictor, {})[name] = result
+        found = judge_site(participant, cache, federation.judged_on[name], federation.groups, state.round)
+        for kind, predictors in found.items():
+            for predictor, result in predictors.items():
+                at_sites[kind].setdefault(predictor, {})[name] = result
+    local, personal = (
+        {predictor: metrics.over_sites(results, federation.groups) for predictor, results in found.items()}
+        for found in (at_sites["generic"], at_sites["personal"])
+    )
     return {
         "generic": generic,
-        "personal": {name: metrics.over_sites(results, federation.groups) for name, results in personal.items()},
+        "generic_local": local,
+        "personal": personal,
         # their personal models hold untrained local parts
         "never_trained": [name for name, site in federation.sites.items() if not site.has_trained()],
     }

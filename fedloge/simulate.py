@@ -2,13 +2,15 @@
 
 The run folder holds `config.json`, `environment.json`, `events.jsonl` (one line a round), `metrics.json` (the
 result), `checkpoints/`, `sites/` (every site's local parts) and `models/` (final models, safetensors). The same
-command goes on where a run stopped; of a finished one it gives the result. Times are in events.jsonl only, so every
-tensor and every figure is the same bit for bit whether the run was interrupted or not.
+command goes on where a run stopped; of a finished one it gives the result. A run that fails before a round of it is
+finished takes the folder it made away again. Times are in events.jsonl only, so every tensor and every figure is the
+same bit for bit whether the run was interrupted or not.
 """
 
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,9 +22,8 @@ import torch
 from common.config import Config
 from common.errors import UserError
 from common.methods.method import ServerState
-from fedloge import run_folder
 from fedloge.federation import Federation, assemble, judge, save_models
-from server import checkpoint, rounds
+from server import checkpoint, rounds, run_folder
 from server.checkpoint import Checkpoint
 from server.fleet import LocalFleet
 
@@ -65,7 +66,12 @@ def simulate(config: Config, folder: Path, progress: Callable[[Progress], None])
                     f"{folder}: the data or its split is not what the run began with: bring it back, or --out"
                 )
             log.info("going on after round %d", found.state.round)
-        return _go_on(config, folder, federation, found, progress)
+        try:
+            return _go_on(config, folder, federation, found, progress)
+        except BaseException:  # an interrupt too: with no round there is nothing to go on from
+            if start and not any(folder.glob("checkpoints/round-*")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _go_on(
@@ -101,8 +107,10 @@ def _go_on(
 
     fleet = LocalFleet({name: site.handle for name, site in federation.sites.items()})
     # sites in one process train one after another: no clock may close a round, and nobody can be missing
-    policy = replace(config.federation, quorum=1.0, grace=math.inf, deadline=math.inf, failures=1)
-    state = rounds.run(fleet, method, state, federation.net, policy, config.seed, after)
+    policy = replace(
+        config.federation, quorum=1.0, grace=math.inf, deadline=math.inf, failures=1, min_clients=1, wait=0.0
+    )
+    state = rounds.run(fleet, method, state, federation.net, policy, config.seed, rounds.Hooks(after))
     if "evaluation" not in history[-1]:  # the run went on only to be ended earlier than it was once meant to
         history[-1]["evaluation"] = judge(federation, method, state)
     save_models(federation, method, state, folder / "models")

@@ -29,8 +29,8 @@ class Exchange(Protocol):
 
 
 class Fleet(Protocol):
-    def names(self) -> list[str]:
-        """Sites that can be reached now."""
+    def names(self, at_least: int, wait: float) -> list[str]:
+        """Sites that can be reached now; while they are fewer than `at_least`, wait up to `wait` seconds for more."""
         ...
 
     def broadcast(self, order: Order, names: Sequence[str], deadline: float) -> Exchange:
@@ -45,7 +45,8 @@ class LocalFleet:
     def __init__(self, sites: dict[str, Callable[[Order], Reply]]) -> None:
         self._sites = sites
 
-    def names(self) -> list[str]:
+    def names(self, at_least: int, wait: float) -> list[str]:
+        del at_least, wait
         return sorted(self._sites)
 
     def broadcast(self, order: Order, names: Sequence[str], deadline: float) -> Exchange:

@@ -1,21 +1,21 @@
 """The only place a round exists.
 
-choose sites -> send the shared and fixed parts -> fold replies as they arrive -> close at quorum + grace or at
-the deadline -> the method's server step -> `after` (evaluation, checkpoint, progress). It knows neither Flower
-nor files, takes its clock as an argument and draws the sites of a round from (seed, round) alone.
+wait for sites -> choose some -> send the shared and fixed parts -> fold replies as they arrive -> close at quorum +
+grace or at the deadline -> the method's server step -> `after` (evaluation, checkpoint, progress). It knows neither
+Flower nor files, takes its clock as an argument and draws the sites of a round from (seed, round) alone.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from common.config import FederationConfig
 from common.errors import UserError
-from common.messages import Order
+from common.messages import Judgement, Order, Reply
 from common.methods.method import Method, ServerState
 from common.net import Net
 from common.parts import digest
@@ -37,11 +37,31 @@ class RoundReport:
     refused: dict[str, str]  # client -> reason
     missing: tuple[str, ...]
     metrics: dict[str, dict[str, float]]  # client -> what it reported
+    judged: dict[str, Judgement]  # client -> what it found of the model this round began with
     seconds: float
+
+
+@dataclass
+class Standing:
+    """A round while it is open, for those who look on."""
+
+    round: int
+    chosen: tuple[str, ...]
+    waiting: set[str]
+    refused: dict[str, str] = field(default_factory=dict)  # client -> reason
 
 
 class GaveUp(UserError):
     """Too many rounds in a row without a quorum."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the round loop tells its caller; by default nobody listens."""
+
+    after: Callable[[RoundReport], None] = lambda _: None  # every round that counted
+    during: Callable[[Standing], None] = lambda _: None  # whenever an open round's standing changes
+    judge: Callable[[int], bool] = lambda _: False  # whether sites judge the state after this round
 
 
 def run(
@@ -51,13 +71,13 @@ def run(
     workspace: Net,
     policy: FederationConfig,
     seed: int,
-    after: Callable[[RoundReport], None],
+    hooks: Hooks,
     clock: Callable[[], float] = time.monotonic,
 ) -> ServerState:
-    """Run the rounds after `state.round` up to `policy.rounds`; `after` sees every round that counted."""
+    """Run the rounds after `state.round` up to `policy.rounds`."""
     failed = 0
     while state.round < policy.rounds:
-        report = one_round(fleet, method, state, workspace, policy, seed, clock)
+        report = one_round(fleet, method, state, workspace, policy, seed, hooks, clock)
         if report.state.round == state.round:
             failed += 1
             reasons = "; ".join(f"{name}: {reason}" for name, reason in report.refused.items())
@@ -68,13 +88,14 @@ def run(
             if failed >= policy.failures:
                 raise GaveUp(
                     f"round {report.round} found no quorum {failed} times in a row "
-                    f"(missing: {', '.join(report.missing) or 'nobody'}; refused: {reasons or 'nobody'}): "
-                    "bring the sites back or lower federation.quorum, then start again to go on from here"
+                    f"(sites reached: {len(report.chosen)}; missing: {', '.join(report.missing) or 'nobody'}; "
+                    f"refused: {reasons or 'nobody'}): bring the sites back or lower federation.quorum or "
+                    "federation.min_clients, then start again to go on from here"
                 )
             continue
         failed = 0
         state = report.state
-        after(report)
+        hooks.after(report)
     return state
 
 
@@ -85,63 +106,40 @@ def one_round(
     workspace: Net,
     policy: FederationConfig,
     seed: int,
+    hooks: Hooks,
     clock: Callable[[], float] = time.monotonic,
 ) -> RoundReport:
     """One attempt at round `state.round + 1`. Without a quorum the report carries the state it began with."""
-    began = clock()
-    number = state.round + 1
-    names = fleet.names()
-    chosen = choose(names, policy.fraction, seed, number)
-    shared = {part: t for part, t in state.parts.items() if part in method.shared}
-    order = Order(
-        round=number,
-        model=digest({f"{part}/{name}": t for part, group in shared.items() for name, t in group.items()}),
-        shared=shared,
-        fixed={part: t for part, t in state.parts.items() if part in method.fixed},
-    )
+    names = fleet.names(policy.min_clients, policy.wait)
+    enough = len(names) >= policy.min_clients
+    order = _order(method, state, state.round + 1, train=True, judge=state.round > 0 and hooks.judge(state.round))
+    chosen = choose(names, policy.fraction, seed, order.round) if enough else []
     fold = Fold(order, method.statistics(workspace), method.objection, policy.max_examples, policy.max_update)
-    quorum = max(math.ceil(policy.quorum * len(chosen) - 1e-9), 1)  # 0.07 of 100 is 7, not 8 because of rounding
-    refused: dict[str, str] = {}
-    metrics: dict[str, dict[str, float]] = {}
-    waiting = set(chosen)
-    closes = began + policy.deadline
-    exchange = fleet.broadcast(order, chosen, policy.deadline)
-    while waiting and (left := closes - clock()) > 0:
-        answer = exchange.next(left)
-        if answer is None:
-            continue
-        if answer.client not in waiting:
-            log.warning("round %d: an answer from %s, which is not awaited, is ignored", number, answer.client)
-            continue
-        waiting.discard(answer.client)
-        if isinstance(answer, Failure):
-            refused[answer.client] = answer.reason
-            log.warning("round %d: %s failed: %s", number, answer.client, answer.reason)
-            continue
-        try:
-            fold.add(answer)
-        except Refused as reason:
-            refused[answer.client] = str(reason)
-            log.warning("round %d: the reply of %s is refused: %s", number, answer.client, reason)
-            continue
-        metrics[answer.client] = answer.metrics
-        if len(fold.clients) == quorum:
-            closes = min(closes, clock() + policy.grace)
-    exchange.close()
+    answers = _collect(fleet, order, chosen, policy, hooks, clock, fold.add)
     new = state
-    if len(fold.clients) >= quorum:
+    if answers.counts:
         mean, sums = fold.result()
-        new = replace(method.update(state, mean, sums, workspace), round=number)
-    return RoundReport(
-        round=number,
-        state=new,
-        chosen=tuple(chosen),
-        folded=tuple(fold.clients),
-        refused=refused,
-        missing=tuple(sorted(waiting)),
-        metrics=metrics,
-        seconds=clock() - began,
-    )
+        new = replace(method.update(state, mean, sums, workspace), round=order.round)
+    return _report(order, new, chosen, answers)
+
+
+def final_judgement(
+    fleet: Fleet,
+    method: Method,
+    state: ServerState,
+    policy: FederationConfig,
+    hooks: Hooks,
+    clock: Callable[[], float] = time.monotonic,
+) -> RoundReport:
+    """Every site that can be reached gets the final parts, keeps its personal model and says how good it is."""
+    chosen = fleet.names(policy.min_clients, policy.wait)
+    order = _order(method, state, state.round, train=False, judge=True)
+
+    def accept(reply: Reply) -> None:
+        if (reply.round, reply.model) != (order.round, order.model):
+            raise Refused("of another model than the final one")
+
+    return _report(order, state, chosen, _collect(fleet, order, chosen, policy, hooks, clock, accept))
 
 
 def choose(names: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
@@ -152,3 +150,102 @@ def choose(names: Sequence[str], fraction: float, seed: int, round: int) -> list
     many = max(int(fraction * len(ordered)), 1)
     picked = torch.randperm(len(ordered), generator=generator(seed, "sites", round))[:many]
     return [ordered[i] for i in sorted(picked.tolist())]
+
+
+@dataclass(frozen=True)
+class _Answers:
+    counts: bool  # whether they are a quorum
+    accepted: dict[str, tuple[dict[str, float], Judgement]]
+    refused: dict[str, str]
+    missing: tuple[str, ...]
+    seconds: float
+
+
+def _order(method: Method, state: ServerState, round: int, *, train: bool, judge: bool) -> Order:
+    shared = {part: t for part, t in state.parts.items() if part in method.shared}
+    return Order(
+        round=round,
+        model=digest({f"{part}/{name}": t for part, group in shared.items() for name, t in group.items()}),
+        shared=shared,
+        fixed={part: t for part, t in state.parts.items() if part in method.fixed},
+        train=train,
+        judge=judge,
+    )
+
+
+def _collect(
+    fleet: Fleet,
+    order: Order,
+    chosen: Sequence[str],
+    policy: FederationConfig,
+    hooks: Hooks,
+    clock: Callable[[], float],
+    accept: Callable[[Reply], None],
+) -> _Answers:
+    """Send the order and hand every reply to `accept`, which may refuse it, until the round closes."""
+    began = clock()
+    quorum = max(math.ceil(policy.quorum * len(chosen) - 1e-9), 1)  # 0.07 of 100 is 7, not 8 because of rounding
+    standing = Standing(order.round, tuple(chosen), set(chosen))
+    accepted: dict[str, tuple[dict[str, float], Judgement]] = {}
+    early: dict[str, Reply] = {}  # with fold = "name": replies that came before those of sites named before them
+    waiting = standing.waiting
+
+    def take(reply: Reply) -> None:
+        try:
+            accept(reply)
+        except Refused as reason:
+            standing.refused[reply.client] = str(reason)
+            log.warning("round %d: the reply of %s is refused: %s", order.round, reply.client, reason)
+        else:
+            accepted[reply.client] = reply.metrics, reply.judged
+
+    closes = began + policy.deadline
+    hooks.during(standing)
+    exchange = fleet.broadcast(order, chosen, policy.deadline)
+    while waiting and (left := closes - clock()) > 0:
+        answer = exchange.next(left)
+        if answer is None:
+            continue
+        if answer.client not in waiting:
+            log.warning("round %d: an answer from %s, which is not awaited, is ignored", order.round, answer.client)
+            continue
+        waiting.discard(answer.client)
+        before = len(accepted) + len(early)
+        if isinstance(answer, Failure):
+            standing.refused[answer.client] = answer.reason
+            log.warning("round %d: %s failed: %s", order.round, answer.client, answer.reason)
+        elif policy.fold == "name":
+            early[answer.client] = answer
+        else:
+            take(answer)
+        for name in sorted(early):
+            if any(other < name for other in waiting):
+                break
+            take(early.pop(name))
+        if before < quorum <= len(accepted) + len(early):
+            closes = min(closes, clock() + policy.grace)
+        hooks.during(standing)
+    exchange.close()
+    for name in sorted(early):
+        take(early[name])
+    return _Answers(
+        counts=bool(chosen) and len(accepted) >= quorum,
+        accepted=accepted,
+        refused=standing.refused,
+        missing=tuple(sorted(waiting)),
+        seconds=clock() - began,
+    )
+
+
+def _report(order: Order, state: ServerState, chosen: Sequence[str], answers: _Answers) -> RoundReport:
+    return RoundReport(
+        round=order.round,
+        state=state,
+        chosen=tuple(chosen),
+        folded=tuple(answers.accepted),
+        refused=answers.refused,
+        missing=answers.missing,
+        metrics={name: metrics for name, (metrics, _) in answers.accepted.items()},
+        judged={name: judged for name, (_, judged) in answers.accepted.items() if judged},
+        seconds=answers.seconds,
+    )

@@ -55,7 +55,7 @@ class Tiny:
         fleet = LocalFleet({name: site.handle for name, site in self.sites.items()})
         config = self.task.config
         policy = type(config.federation)(rounds=count, quorum=1.0)
-        rounds.run(fleet, self.method, self.state, self.net, policy, config.seed, reports.append)
+        rounds.run(fleet, self.method, self.state, self.net, policy, config.seed, rounds.Hooks(reports.append))
         return reports
 
 

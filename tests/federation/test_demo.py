@@ -96,8 +96,8 @@ def test_both_methods_run_on_the_same_sites_and_give_one_json_object(first: Said
     assert given["folder"] == str(folder)
     assert [result["method"] for result in given["results"]] == list(METHODS)
     for result in given["results"]:
-        assert result["rounds"] == 60
-        assert result["mean_of_rounds"] == [60]
+        assert result["rounds"] == 20
+        assert result["mean_of_rounds"] == [20]
         assert result["judged_on"] == "test"
         assert result["never_trained"] == []
         assert result["groups"] == given["results"][0]["groups"]
@@ -109,10 +109,10 @@ def test_both_methods_run_on_the_same_sites_and_give_one_json_object(first: Said
 
 def test_progress_goes_to_standard_error(first: Said) -> None:
     lines = first.err.splitlines()
-    assert [line for line in lines if " sites, " in line] == [f"{name}: 4 sites, 60 rounds" for name in METHODS]
+    assert [line for line in lines if " sites, " in line] == [f"{name}: 4 sites, 20 rounds" for name in METHODS]
     rounds = [line.split()[1] for line in lines if line.startswith("round ")]
-    assert len(rounds) <= 62
-    assert rounds.count("60/60") == 2
+    assert len(rounds) <= 42
+    assert rounds.count("20/20") == 2
 
 
 def test_the_models_are_where_it_says(first: Said, folder: Path) -> None:

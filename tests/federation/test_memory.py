@@ -36,7 +36,7 @@ def site(name, hoarding):
 def peak_mb(many, hoarding=False):
     names = [f"site-{k:03d}" for k in range(many)]
     fleet = LocalFleet({name: site(name, hoarding) for name in names})
-    report = rounds.one_round(fleet, task.config.method, start, net, FederationConfig(quorum=1.0), 1)
+    report = rounds.one_round(fleet, task.config.method, start, net, FederationConfig(quorum=1.0), 1, rounds.Hooks())
     assert len(report.folded) == many and not report.refused, report.refused
     moved = report.state.parts["backbone"][largest] - start.parts["backbone"][largest]
     assert torch.allclose(moved, torch.tensor(0.5), atol=1e-4)

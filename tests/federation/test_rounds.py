@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from client.train import Diverged
@@ -19,6 +21,7 @@ from common.net import Net, Task, build
 from common.parts import Tensors
 from server import rounds
 from server.fleet import Failure, LocalFleet
+from server.fold import HEADROOM, Fold, Refused
 from tests.fakes import SITES, Tiny, tiny
 
 NAMES = ("a", "b", "c", "d")
@@ -41,7 +44,8 @@ class Script:
     closed: bool = False
     orders: list[Order] = field(default_factory=list)
 
-    def names(self) -> list[str]:
+    def names(self, at_least: int, wait: float) -> list[str]:
+        del at_least, wait
         return list(NAMES)
 
     def broadcast(self, order: Order, names: Sequence[str], deadline: float) -> "Script":
@@ -84,7 +88,7 @@ def one(start, answers, **policy) -> tuple[rounds.RoundReport, Script]:
     clock = Clock()
     fleet = Script(clock, answers)
     wish = FederationConfig(**{"quorum": 0.5, "grace": 10.0, "deadline": 100.0, **policy})
-    return rounds.one_round(fleet, task.config.method, state, net, wish, 1, clock), fleet
+    return rounds.one_round(fleet, task.config.method, state, net, wish, 1, rounds.Hooks(), clock), fleet
 
 
 def moved(start, report: rounds.RoundReport) -> float:
@@ -127,14 +131,16 @@ def test_a_quorum_is_not_one_site_more_because_of_rounding(start) -> None:
 
     @dataclass
     class Hundred(Script):
-        def names(self) -> list[str]:
+        def names(self, at_least: int, wait: float) -> list[str]:
+            del at_least, wait
             return names
 
     for many, counts in ((6, 0), (7, 1)):
         clock = Clock()
         fleet = Hundred(clock, [(1, reply(name)) for name in names[:many]])
         policy = FederationConfig(quorum=0.07, grace=0, deadline=10.0)
-        assert rounds.one_round(fleet, task.config.method, state, net, policy, 1, clock).state.round == counts
+        report = rounds.one_round(fleet, task.config.method, state, net, policy, 1, rounds.Hooks(), clock)
+        assert report.state.round == counts
 
 
 def test_mean_is_weighted_by_examples(start) -> None:
@@ -191,6 +197,39 @@ def test_the_largest_values_that_are_accepted_have_a_finite_mean(start) -> None:
     assert moved(start, report) == pytest.approx(1e13)
 
 
+LIMIT = math.sqrt(torch.finfo(torch.float32).max) / HEADROOM
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
+    "every other": lambda t: torch.stack([t, t.new_full(t.shape, torch.nan)], dim=-1)[..., 0],
+}
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 4),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    rest=st.sampled_from([0.0, 1.0, LIMIT / 100, 0.9 * LIMIT]),
+    value=st.floats(width=32) | st.sampled_from([0.4, 0.6, 0.99, 1.01, -0.99, -1.01, 1e6, -1e7]).map(LIMIT.__mul__),
+    data=st.data(),
+)
+def test_one_value_anywhere_is_refused_exactly_when_it_has_no_headroom(
+    shape: tuple[int, ...], layout: str, rest: float, value: float, data: st.DataObject
+) -> None:
+    t = torch.full(shape, rest)
+    t.view(-1)[data.draw(st.integers(0, t.numel() - 1))] = value
+    largest = abs(float(torch.tensor(value)))
+    fold = Fold(Order(1, "m", {"backbone": {"w": torch.zeros(shape)}}, {}), {}, lambda _: "", max_examples=10)
+    bad = Reply("a", 1, "m", 10, {"backbone": {"w": LAYOUTS[layout](t)}})
+    if largest <= LIMIT:
+        fold.add(bad)
+        assert torch.equal(fold.result()[0]["backbone"]["w"], t * 10 / 10)
+    else:
+        with pytest.raises(Refused, match="too large" if math.isfinite(largest) else "not finite"):
+            fold.add(bad)
+        assert fold.examples == 0
+
+
 def test_live_parameters_are_folded_without_a_graph(start) -> None:
     def live(order: Order) -> Reply:
         sent = reply("a")(order)
@@ -212,7 +251,8 @@ def spoiled(federation: Tiny, spoil: Callable[[Reply], Reply]) -> rounds.RoundRe
     honest = sites["north"]
     sites["north"] = lambda order: spoil(honest(order))
     policy = FederationConfig(quorum=0.5)
-    return rounds.one_round(LocalFleet(sites), federation.method, federation.state, federation.net, policy, 1)
+    fleet, hooks = LocalFleet(sites), rounds.Hooks()
+    return rounds.one_round(fleet, federation.method, federation.state, federation.net, policy, 1, hooks)
 
 
 def with_sums(change: Callable[[Tensors], Tensors]) -> Callable[[Reply], Reply]:
@@ -297,8 +337,10 @@ def test_run_gives_up_naming_who_is_missing(start) -> None:
     clock = Clock()
     fleet = Script(clock, [(1, reply("a")), (2, reply("b", round=3))])
     policy = FederationConfig(rounds=5, failures=3, deadline=50.0)
-    with pytest.raises(rounds.GaveUp, match=r"3 times in a row \(missing: c, d; refused: b: for round 3"):
-        rounds.run(fleet, task.config.method, state, net, policy, 1, after=lambda _: None, clock=clock)
+    with pytest.raises(
+        rounds.GaveUp, match=r"3 times in a row \(sites reached: 4; missing: c, d; refused: b: for round 3"
+    ):
+        rounds.run(fleet, task.config.method, state, net, policy, 1, rounds.Hooks(), clock)
     assert clock.now == 150
 
 
@@ -310,7 +352,7 @@ def test_run_goes_on_from_the_state_it_is_given(start) -> None:
     later = replace(state, round=3)
     end = rounds.run(
         fleet, task.config.method, later, net, FederationConfig(rounds=5), 1,
-        after=lambda report: seen.append(report.round), clock=clock,
+        rounds.Hooks(lambda report: seen.append(report.round)), clock,
     )  # fmt: skip
     assert seen == [4, 5]
     assert end.round == 5

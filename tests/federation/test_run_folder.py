@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from client.store import Store
 from common.config import Config, parse
 from common.errors import UsageError, UserError
 from common.net import best_device
-from fedloge import federation, main, run_folder
+from fedloge import federation, main
 from fedloge.simulate import simulate
-from server import rounds
+from server import rounds, run_folder
 from tests.fakes import tiny
 
 
@@ -98,6 +99,40 @@ def test_a_refused_run_leaves_nothing(tmp_path: Path, section: dict[str, object]
     assert not (tmp_path / "run").exists()
 
 
+def pictures(folder: Path) -> Path:
+    """Two classes of images that stream from disk; one of them cannot be read."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (90, 80), (20 * number, 0, 0)).save(folder / name / f"{number}.png")
+    (folder / "b" / "7.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_fails_in_its_first_round_takes_its_folder_away_again(tmp_path: Path, there: bool) -> None:
+    """Unless the folder is not its own: then it only adds to it."""
+    data = {"source": "folder", "path": str(pictures(tmp_path / "images")), "size": 72, "test_share": 0.1}
+    config = small(data=data, partition={"kind": "iid", "clients": 2}, method={"name": "ditto"})
+    folder = tmp_path / "runs" / "first"
+    if there:
+        folder.mkdir(parents=True)
+        (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"7\.png: cannot be read as an image"):
+        simulate(config, folder, quiet)
+    assert folder.exists() == there
+    assert (folder / "notes.txt").exists() == there
+
+
+def test_a_run_that_fails_after_its_first_round_keeps_it(tmp_path: Path) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(small(), tmp_path / "run", stop)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-000001.safetensors"]
+
+
 def test_a_damaged_local_part_is_said_and_the_one_before_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,7 +162,7 @@ def test_the_clock_cannot_drop_a_site_of_a_simulation(tmp_path: Path, monkeypatc
     one_round = rounds.one_round
 
     def timed(*arguments):
-        return one_round(*arguments[:6], lambda: float(next(slow)))
+        return one_round(*arguments[:7], lambda: float(next(slow)))
 
     monkeypatch.setattr(rounds, "one_round", timed)
     simulate(small(), tmp_path, quiet)

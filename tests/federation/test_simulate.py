@@ -20,9 +20,8 @@ from common import parts
 from common.config import Config, parse
 from common.errors import UserError
 from common.parts import digest
-from fedloge import run_folder
 from fedloge.simulate import Progress, simulate
-from server import checkpoint
+from server import checkpoint, run_folder
 
 ROOT = Path(__file__).parents[2]
 BLOCKED = ("flwr", "grpc", "google", "cryptography", "pyarrow", "pandas", "matplotlib", "rich", "typer", "click")
@@ -146,8 +145,8 @@ def test_a_run_leaves_its_question_its_story_and_its_models(tmp_path: Path) -> N
 def test_the_result_names_every_figure(whole: Callable[[Config], Path]) -> None:
     result = json.loads((whole(small()) / "metrics.json").read_text())
     assert list(result) == [
-        "name", "method", "seed", "rounds", "judged_on", "mean_of_rounds", "generic", "personal", "never_trained",
-        "groups", "evaluations", "loss",
+        "name", "method", "seed", "rounds", "judged_on", "mean_of_rounds", "generic", "generic_local", "personal",
+        "never_trained", "groups", "evaluations", "loss",
     ]  # fmt: skip
     assert result["mean_of_rounds"] == [2, 3]
     assert result["never_trained"] == []

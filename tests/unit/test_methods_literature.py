@@ -362,7 +362,7 @@ def test_creffs_server_gets_the_mean_over_sites_that_have_the_class() -> None:
 
     fleet = LocalFleet({name: site.handle for name, site in federation.sites.items()})
     policy = type(federation.task.config.federation)(rounds=1)
-    rounds.run(fleet, Watched(**SMALL_CREFF), federation.state, federation.net, policy, 1, lambda _: None)
+    rounds.run(fleet, Watched(**SMALL_CREFF), federation.state, federation.net, policy, 1, rounds.Hooks())
     sites = torch.tensor([2, 2, 2, 1])
     weight, bias = (torch.stack([g[name] for g in of_sites]).sum(0) for name in ("weight", "bias"))
     torch.testing.assert_close(seen[0]["weight"], weight / sites[:, None, None])

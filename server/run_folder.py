@@ -35,6 +35,7 @@ def summary(config: Config, history: list[dict[str, Any]], groups: tuple[Groups,
         "judged_on": config.evaluation.on,
         "mean_of_rounds": [e["round"] for e in last],
         "generic": _mean([e["generic"] for e in last]),
+        "generic_local": _mean([e.get("generic_local") for e in last]),
         "personal": _mean([e["personal"] for e in last]),
         "never_trained": last[-1]["never_trained"],
         "groups": {g.rule: dict(g.items()) for g in groups},
@@ -137,7 +138,7 @@ def _mean(items: list[Any]) -> Any:
     """The mean of equally shaped JSON values, leaf by leaf; None where any is missing."""
     first = items[0]
     if isinstance(first, dict):
-        return {key: _mean([item[key] for item in items]) for key in first}
+        return {key: _mean([item.get(key) for item in items]) for key in first}
     if isinstance(first, list):
         return [_mean(list(values)) for values in zip(*items, strict=True)]
     if any(item is None for item in items):
