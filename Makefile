@@ -2,16 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint format tables clean
+.PHONY: help install demo test test-network test-chaos lint format tables clean
 
 help:  ## show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/ready  ## a whole federation on this machine, on bundled data, in under two minutes
+install: .venv/ready  ## make .venv and install into it
+
+demo: .venv/ready  ## a whole federation on this machine: a server and four sites, over gRPC and TLS
 	$(BIN)/fedloge demo
 
 test: .venv/ready  ## the quick test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit tests/wire tests/federation
+
+test-network: .venv/ready  ## real processes over TLS: servers, sites, the demo, the pages of docs/
+	$(BIN)/python -m pytest tests/network
+
+test-chaos: .venv/ready  ## kill -9 of everything, at every moment
+	$(BIN)/python -m pytest tests/chaos
 
 lint: .venv/ready  ## format, lint and types
 	$(BIN)/ruff format --check .

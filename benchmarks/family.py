@@ -74,7 +74,7 @@ def main() -> None:
     # seed by seed: after the first pass every row has a result
     todo = [(row, seed) for seed in THREE for row in rows if seed in row.seeds and not _recorded(options, row, seed)]
     if options.list:
-        print("\n".join(f"{row.name}-s{seed}" for row, seed in todo))
+        print("\n".join(f"{row.name}-s{seed}" for row, seed in todo) or "nothing is missing")
         return
     with ThreadPoolExecutor(options.jobs) as pool:
         failed = [name for name in pool.map(lambda item: _run(options, *item), todo) if name]

@@ -1,14 +1,19 @@
-"""A personal model for a site that comes after training.
+"""The personal model of a site: as a file, and for a site that comes after training.
 
-Nothing of the federation changes: backbone, frame and global head stay as they were received, and only the parts
-that are local by the method are trained, by the method's own phases. For FedLoGe that is the personal head phi,
-to which the norms are then transferred as for every other site.
+For the latter nothing of the federation changes: backbone, frame and global head stay as they were received, and only
+the parts that are local by the method are trained, by the method's own phases. For FedLoGe that is the personal head
+phi, to which the norms are then transferred as for every other site.
 """
 
+import json
 from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
 
 from client.participant import Participant
 from client.train import run_phase
+from common import parts
 from common.errors import UserError
 from common.methods.method import Predictor
 from common.net import roles
@@ -37,3 +42,27 @@ def join(participant: Participant, received: dict[str, Tensors], after: int, rou
         mine = net.parts()
         participant.store.save(after, {part: mine[part] for part in sorted(local)})
     return method.personal(net, site)
+
+
+def save(participant: Participant, round: int, path: Path, generic: nn.Module | None = None) -> None:
+    """Write the personal model by the values that the participant's net holds after `round`. The backbone is left out
+    where it is `generic`, which generic.safetensors beside it holds."""
+    classes = participant.task.classes
+    name, predictor = next(iter(participant.method.personal(participant.net, participant.site(round)).items()))
+    own = predictor.features is not generic
+    tensors = prefixed("head", predictor.head)
+    if own:
+        tensors |= prefixed("backbone", predictor.features)
+    about = {
+        "classes": json.dumps(classes),
+        "round": str(round),
+        "predictor": name,
+        "backbone": "own" if own else "generic.safetensors",
+        # the model is meant, and judged, among these
+        "trained_classes": json.dumps([classes[c] for c in participant.counts.nonzero().flatten()]),
+    }
+    parts.save(path, tensors, about, durable=participant.store.durable)
+
+
+def prefixed(prefix: str, module: nn.Module) -> Tensors:
+    return {f"{prefix}.{name}": t.detach() for name, t in parts.tensors(module).items()}

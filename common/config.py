@@ -97,8 +97,8 @@ class ModelConfig:
 class FrameConfig:
     norm: float = 0.1  # length of every column: the temperature of the frame's logits
     sparsity: float = 0.6  # share of exact zeros
-    solver: Literal["auto", "reference", "gram", "lse"] = "auto"
-    seed: int = 0
+    solver: Literal["auto", "reference", "gram", "lse"] = "auto"  # auto: gram where a simplex is possible, else lse
+    seed: int = 0  # of the places of the zeros and of the first values
     best_effort: bool = False  # true: take the best frame there is where the zeros make the exact one impossible
 
     def __post_init__(self) -> None:
@@ -109,13 +109,13 @@ class FrameConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch: int = 8
+    batch: int = 8  # images a step
     epochs: int = 5  # local epochs a round
-    lr: float = 0.03
+    lr: float = 0.03  # step of SGD, the same in every round
     momentum: float = 0.5  # starts from zero every round
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of SGD
     clip: float = 0.0  # largest norm of each part's gradient; 0 does not clip
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: mixed precision
     layout: Literal["plain", "channels_last"] = "channels_last"  # memory layout; plain keeps the reference kernels
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class FederationConfig:
-    rounds: int = 30
+    rounds: int = 30  # in all
     fraction: float = 1.0  # share of the sites that train in a round: max(int(fraction * sites), 1)
     min_clients: int = 1  # sites that must be reachable before a round starts
     wait: float = 600.0  # seconds to wait for them before the attempt counts as failed
@@ -138,6 +138,7 @@ class FederationConfig:
     deadline: float = 3600.0  # seconds after which a round is closed whatever is in
     failures: int = 3  # rounds in a row without a quorum after which the run is given up
     fold: Literal["arrival", "name"] = "arrival"  # name: the order of the sites' names, the same bits in every run
+    wire: Literal["fp32", "bf16"] = "fp32"  # how backbones travel; bf16 is half the bytes and rounds, fp32 is exact
     max_update: float = 0.0  # largest norm of a site's change to the shared parts; 0 accepts any finite one
     max_examples: int = 10_000_000  # no site may claim to stand for more
 
@@ -159,7 +160,7 @@ class EvaluationConfig:
     every: int = 5  # rounds between evaluations; the last round is always evaluated
     start: int = 1  # no evaluation before this round
     last: int = 4  # evaluations at the end that a result is the mean of
-    batch: int = 500
+    batch: int = 500  # images judged at a time
     gain: float = 1.7  # length of the rows of the realigned generic head
     tune_epochs: int = 1  # epochs of every fine-tuned personal model
     on: Literal["test", "holdout"] = "test"  # holdout: judge by data put aside from training, to choose settings
@@ -190,8 +191,8 @@ class RunConfig:
 @dataclass(frozen=True)
 class Config:
     method: "Method"
-    name: str = "experiment"
-    seed: int = 1
+    name: str = "experiment"  # stands in results and folders
+    seed: int = 1  # of initial values, sampling of sites, and batches
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -22,7 +22,7 @@ class ImagesConfig:
     size: int = 32  # side of the square images; sites bring theirs to it
     channels: int = 3  # 3 for colour, 1 for grey (as .npz)
     mean: tuple[float, ...] = ()  # per channel of values in [0, 1]; empty: ImageNet's for colour, 0.5 for grey
-    std: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()  # per channel, like mean
     augment: Literal["auto", "none", "crop-flip", "crop", "resized-crop"] = "auto"  # auto: what suits a site's files
 
     def __post_init__(self) -> None:
@@ -73,8 +73,12 @@ class Deployment:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Deployment:
-    """Read federation.toml; overrides are as for an experiment, `section.key=value`."""
-    return _parse(read(path, overrides))
+    """Read federation.toml; overrides are as for an experiment, `section.key=value`. Its paths are from its folder."""
+    found = _parse(read(path, overrides))
+    test = found.server.test and str(path.parent.resolve() / found.server.test)
+    weights = found.config.model.weights and str(path.parent.resolve() / found.config.model.weights)
+    model = replace(found.config.model, weights=weights)
+    return replace(found, config=replace(found.config, model=model), server=replace(found.server, test=test))
 
 
 def from_settings(text: str, run: RunConfig) -> Deployment:

@@ -1,5 +1,8 @@
 """What the server asks of a site and what a site answers, before any encoding for the wire."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -37,3 +40,8 @@ class Reply:
     metrics: dict[str, float] = field(default_factory=dict)
     judged: Judgement = field(default_factory=dict)  # of the parts as received: empty unless asked for
     schema: int = SCHEMA
+
+
+def class_digest(classes: Sequence[str]) -> str:
+    """By it server and site tell that class 3 is the same thing for both."""
+    return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()

@@ -193,7 +193,7 @@ def _entry(value: object) -> tuple[str, tuple[int, ...], str]:
     match value:
         case [str() as name, list() as shape, str() as dtype]:
             lengths = all(type(length) is int and length >= 0 for length in shape)
-            if lengths and str(getattr(torch, dtype, None)) == f"torch.{dtype}":
+            if lengths and str(vars(torch).get(dtype)) == f"torch.{dtype}":
                 return name, tuple(shape), dtype
     raise ValueError("an entry of the manifest is not [name, shape, dtype]")
 

@@ -1,4 +1,4 @@
-"""`fedloge simulate` and `fedloge demo`: a whole federation in one process."""
+"""`fedloge simulate`: a whole federation in one process."""
 
 import argparse
 import json
@@ -11,25 +11,9 @@ import torch
 from common import config
 from fedloge.progress import ProgressLine
 from fedloge.simulate import Progress, simulate
-from fedloge.table import comparison, result_table
+from fedloge.table import result_table
 
 EXAMPLE = "example: fedloge simulate fedloge/demo.toml --method fedavg --set train.lr=0.1"
-
-DEMO = Path(__file__).parent / "demo.toml"
-DEMO_METHODS = ("fedavg-ft", "fedloge")
-DIGITS = "0123456789"
-DEMO_TEXT = """
-Handwritten digits at four sites that see different digits, and of some digits very few.
-Share of right answers in percent: over all test images, and over those of the frequent, less frequent and rare
-digits ({many} / {medium} / {few}).
-
-{table}
-
-generic   one model for everybody, on a test set with as many images of every digit
-personal  one model per site, on images as that site sees them; the mean over sites
-
-The models are in {folder}/METHOD/models. A problem this small shows how things work, not which method is
-better: see benchmarks/RESULTS.md for that."""
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,29 +26,6 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--out", type=Path, help="run folder (default: runs/NAME-METHOD-sSEED)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.set_defaults(run=run)
-    parser = verbs.add_parser(
-        "demo", help="FedLoGe against FedAvg on bundled data", epilog="example: fedloge demo --out /tmp/fedloge-demo"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the runs (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
-    parser.set_defaults(run=demo)
-
-
-def demo(options: argparse.Namespace) -> None:
-    """Both methods on the same sites, images and initial values; finished runs are not run again."""
-    results = []
-    for method in DEMO_METHODS:
-        experiment = config.load(DEMO, [f"method={method}"])
-        torch.set_num_threads(experiment.run.threads)
-        print(f"{method}: {experiment.partition.clients} sites, {experiment.federation.rounds} rounds", file=sys.stderr)
-        results.append(simulate(experiment, options.out / method, _shown()))
-    if options.json:
-        print(json.dumps({"results": results, "folder": str(options.out)}))
-        return
-    sizes = {name: [DIGITS[c] for c in classes] for name, classes in results[0]["groups"]["share"].items()}
-    print(
-        DEMO_TEXT.format(table=comparison(results), folder=options.out, **{n: ", ".join(c) for n, c in sizes.items()})
-    )
 
 
 def run(options: argparse.Namespace) -> None:

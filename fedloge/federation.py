@@ -1,16 +1,16 @@
 """The sites of a simulated federation: their data, what they are judged on, and the models that come out."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from client.judge import judge as judge_site
 from client.participant import Participant
+from client.personal import save as save_personal
 from client.store import Store
 from common import metrics, partition, parts, sources
 from common.config import Config
@@ -19,6 +19,7 @@ from common.evaluation import FeatureCache, evaluate
 from common.images import Images
 from common.methods.method import Method, ServerState
 from common.net import Net, Task, best_device, build
+from server import models
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def judge(federation: Federation, method: Method, state: ServerState) -> dict[st
     """GM of every generic predictor, PM of every personal one, and of the generic ones at the sites."""
     net, config = federation.net, federation.task.config
     net.load(state.parts)
-    cache = FeatureCache(federation.test, federation.device, config.evaluation.batch, common_backbone(net, state))
+    backbone = models.common_backbone(net, state)
+    cache = FeatureCache(federation.test, federation.device, config.evaluation.batch, backbone)
     generic = evaluate(method.served(net, federation.task), cache, federation.global_index, federation.groups)
     at_sites: dict[str, dict[str, dict[str, Any]]] = {"generic": {}, "personal": {}}
     for name, participant in federation.sites.items():
@@ -131,41 +133,14 @@ def judge(federation: Federation, method: Method, state: ServerState) -> dict[st
     }
 
 
-def common_backbone(net: Net, state: ServerState) -> nn.Module | None:
-    """The backbone, where all sites have the same: it is shared, and so are its BatchNorm statistics."""
-    return net["backbone"] if "backbone" in state.parts and "norms" not in net.parts() else None
-
-
 def save_models(federation: Federation, method: Method, state: ServerState, folder: Path) -> None:
     """The method's own generic model, and the personal ones of sites that have trained. A personal file leaves the
     backbone to generic.safetensors where it is the same."""
-    net, about = federation.net, {"classes": json.dumps(federation.task.classes), "round": str(state.round)}
-    net.load(state.parts)
-    (folder / "personal").mkdir(parents=True, exist_ok=True)
-    for place in (folder, folder / "personal"):
-        parts.sweep(place)
-    generic = list(method.served(net, federation.task).items())[:1]
-    for name, predictor in generic:
-        tensors = {**_prefixed("backbone", predictor.features), **_prefixed("head", predictor.head)}
-        parts.save(folder / "generic.safetensors", tensors, {**about, "predictor": name})
+    has_generic = models.save_generic(federation.net, method, federation.task, state, folder)
+    (folder / "personal").mkdir(exist_ok=True)
+    parts.sweep(folder / "personal")
+    backbone = models.common_backbone(federation.net, state) if has_generic else None
     for name, participant in federation.sites.items():
-        if not participant.has_trained():
-            continue
-        participant.prepare(state.parts, before=state.round + 1)
-        predictor_name, predictor = next(iter(method.personal(net, participant.site(state.round)).items()))
-        own = not generic or predictor.features is not common_backbone(net, state)
-        tensors = _prefixed("head", predictor.head)
-        if own:
-            tensors |= _prefixed("backbone", predictor.features)
-        note = {
-            **about,
-            "predictor": predictor_name,
-            "backbone": "own" if own else "generic.safetensors",
-            # the model is meant, and judged, among these
-            "trained_classes": json.dumps([federation.task.classes[c] for c in participant.counts.nonzero().flatten()]),
-        }
-        parts.save(folder / "personal" / f"{name}.safetensors", tensors, note, durable=False)
-
-
-def _prefixed(prefix: str, module: nn.Module) -> parts.Tensors:
-    return {f"{prefix}.{name}": t.detach() for name, t in parts.tensors(module).items()}
+        if participant.has_trained():
+            participant.prepare(state.parts, before=state.round + 1)
+            save_personal(participant, state.round, folder / "personal" / f"{name}.safetensors", backbone)

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import importlib
 import logging
 import signal
 import sys
@@ -12,6 +13,19 @@ from types import FrameType
 from typing import NoReturn
 
 from common.errors import UserError
+
+VERBS = {  # of every module
+    "demo": ("demo",),
+    "provision": ("init", "join", "invite", "revoke"),
+    "serve": ("server", "status"),
+    "site": ("client",),
+    "check": ("check",),
+    "experiments": ("simulate",),
+    "shares": ("shares",),
+    "report": ("report",),
+    "frames": ("frame",),
+    "bench": ("bench",),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -44,16 +58,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    from fedloge import experiments, frames  # here, because torch takes seconds in which Ctrl-C should work already
-
     parser = argparse.ArgumentParser(
         prog="fedloge", description="One generic model for everybody and one personal model per site, federated."
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for group in (experiments, frames):
-        group.add_verbs(verbs)
+    for name in _modules(sys.argv[1:] if arguments is None else arguments):
+        importlib.import_module(f"fedloge.{name}").add_verbs(verbs)
     return parser.parse_args(arguments)
+
+
+def _modules(arguments: Sequence[str]) -> list[str]:
+    """The one that has the verb asked for: most import torch, which takes seconds. All of them if none has it."""
+    verb = next((word for word in arguments if not word.startswith("-")), "")
+    return [name for name, own in VERBS.items() if verb in own] or list(VERBS)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

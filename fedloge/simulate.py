@@ -7,7 +7,6 @@ finished takes the folder it made away again. Times are in events.jsonl only, so
 same bit for bit whether the run was interrupted or not.
 """
 
-import json
 import logging
 import math
 import shutil
@@ -17,13 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.config import Config
 from common.errors import UserError
-from common.methods.method import ServerState
 from fedloge.federation import Federation, assemble, judge, save_models
-from server import checkpoint, rounds, run_folder
+from server import checkpoint, models, rounds, run_folder
 from server.checkpoint import Checkpoint
 from server.fleet import LocalFleet
 
@@ -78,32 +74,26 @@ def _go_on(
     config: Config, folder: Path, federation: Federation, found: Checkpoint, progress: Callable[[Progress], None]
 ) -> dict[str, Any]:
     method, history = config.method, found.history
-    state = _on(found.state, federation.device)
+    state = models.placed(found.state, federation.device)
     run_folder.note_environment(folder / "environment.json")
     run_folder.write_json(folder / "config.json", config.as_dict())  # a run that goes on may have got more rounds
     events = folder / "events.jsonl"
-    run_folder.keep_lines(events, len(history))
+    run_folder.restore_lines(events, history)
     for site in federation.sites.values():  # a killed or damaged run may have left them ahead of the checkpoint
         site.store.rewind(state.round)
 
     def after(report: rounds.RoundReport) -> None:
         began = time.monotonic()
-        entry: dict[str, Any] = {
-            "round": report.round,
-            "sites": list(report.folded),
-            "refused": report.refused,
-            "missing": list(report.missing),
-            "loss": _mean_metrics(report.metrics),
-        }
+        entry = run_folder.entry(report)
         if run_folder.evaluated(config, report.round):
             entry["evaluation"] = judge(federation, method, report.state)
         history.append(entry)
         seconds = {"training": round(report.seconds, 3), "evaluation": round(time.monotonic() - began, 3)}
-        with events.open("a", encoding="utf-8") as stream:  # before the checkpoint: a resume drops what is too new
-            stream.write(json.dumps({**entry, "seconds": seconds}) + "\n")
+        # before the checkpoint: a resume drops what is too new
+        run_folder.add_line(events, {**entry, "seconds": seconds})
         saved = Checkpoint(report.state, history, config.as_dict(), found.data)
         checkpoint.save(folder / "checkpoints", saved, config.run.keep, durable=False)
-        progress(Progress(report.round, config.federation.rounds, _newest(history)))
+        progress(Progress(report.round, config.federation.rounds, run_folder.newest(history)))
 
     fleet = LocalFleet({name: site.handle for name, site in federation.sites.items()})
     # sites in one process train one after another: no clock may close a round, and nobody can be missing
@@ -117,18 +107,3 @@ def _go_on(
     result = run_folder.summary(config, history, federation.groups)
     run_folder.write_json(folder / "metrics.json", result)
     return result
-
-
-def _on(state: ServerState, device: torch.device) -> ServerState:
-    moved = {part: {name: t.to(device) for name, t in group.items()} for part, group in state.parts.items()}
-    return replace(state, parts=moved, extra={name: t.to(device) for name, t in state.extra.items()})
-
-
-def _newest(history: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return next((e["evaluation"] for e in reversed(history) if "evaluation" in e), None)
-
-
-def _mean_metrics(reported: dict[str, dict[str, float]]) -> dict[str, float]:
-    names = sorted({name for metrics in reported.values() for name in metrics})
-    values = {name: [m[name] for m in reported.values() if name in m] for name in names}
-    return {name: sum(v) / len(v) for name, v in values.items()}

@@ -19,28 +19,6 @@ def result_table(results: Iterable[dict[str, Any]], rule: str = "share") -> str:
     return aligned([COLUMNS, *rows])
 
 
-NAMES = {"fedavg-ft": "FedAvg", "fedloge": "FedLoGe"}
-NOTES = {
-    "tuned": "global model fine-tuned at the site",
-    "global": "global model as it is",
-    "psi realigned": "realigned global head",
-    "phi+psi_k": "site's head + realigned global head",
-}
-
-
-def comparison(results: Iterable[dict[str, Any]]) -> str:
-    """What a newcomer compares: each method's own generic and personal model, and FedAvg's fine-tuned one."""
-    rows: list[Sequence[str]] = [("method", "model", "", "all", "many", "medium", "few")]
-    for result in results:
-        for kind in ("generic", "personal"):
-            shown = 2 if result["method"] == "fedavg-ft" and kind == "personal" else 1
-            for name in list(result[kind])[:shown]:
-                values = result[kind][name]
-                figures = [values["top1"], *(values["groups"]["share"][g] for g in ("many", "medium", "few"))]
-                rows.append([NAMES[result["method"]], kind, NOTES.get(name, ""), *map(percent, figures)])
-    return aligned(rows)
-
-
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 

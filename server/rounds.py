@@ -32,7 +32,8 @@ class RoundReport:
 
     round: int
     state: ServerState
-    chosen: tuple[str, ...]
+    reached: int  # sites that could have been chosen
+    chosen: tuple[str, ...]  # nobody where too few could be reached
     folded: tuple[str, ...]
     refused: dict[str, str]  # client -> reason
     missing: tuple[str, ...]
@@ -80,17 +81,12 @@ def run(
         report = one_round(fleet, method, state, workspace, policy, seed, hooks, clock)
         if report.state.round == state.round:
             failed += 1
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in report.refused.items())
-            log.warning(
-                "round %d has no quorum: missing %s; refused %s",
-                report.round, ", ".join(report.missing) or "nobody", reasons or "nobody",
-            )  # fmt: skip
+            lack = _lack(report, policy)
+            log.warning("round %d has no quorum: %s", report.round, lack)
             if failed >= policy.failures:
                 raise GaveUp(
-                    f"round {report.round} found no quorum {failed} times in a row "
-                    f"(sites reached: {len(report.chosen)}; missing: {', '.join(report.missing) or 'nobody'}; "
-                    f"refused: {reasons or 'nobody'}): bring the sites back or lower federation.quorum or "
-                    "federation.min_clients, then start again to go on from here"
+                    f"round {report.round} found no quorum {failed} times in a row ({lack}): bring the sites back or "
+                    "lower federation.quorum or federation.min_clients, then start again to go on from here"
                 )
             continue
         failed = 0
@@ -112,7 +108,7 @@ def one_round(
     """One attempt at round `state.round + 1`. Without a quorum the report carries the state it began with."""
     names = fleet.names(policy.min_clients, policy.wait)
     enough = len(names) >= policy.min_clients
-    order = _order(method, state, state.round + 1, train=True, judge=state.round > 0 and hooks.judge(state.round))
+    order = make_order(method, state, state.round + 1, train=True, judge=state.round > 0 and hooks.judge(state.round))
     chosen = choose(names, policy.fraction, seed, order.round) if enough else []
     fold = Fold(order, method.statistics(workspace), method.objection, policy.max_examples, policy.max_update)
     answers = _collect(fleet, order, chosen, policy, hooks, clock, fold.add)
@@ -120,7 +116,7 @@ def one_round(
     if answers.counts:
         mean, sums = fold.result()
         new = replace(method.update(state, mean, sums, workspace), round=order.round)
-    return _report(order, new, chosen, answers)
+    return _report(order, new, len(names), chosen, answers)
 
 
 def final_judgement(
@@ -133,13 +129,13 @@ def final_judgement(
 ) -> RoundReport:
     """Every site that can be reached gets the final parts, keeps its personal model and says how good it is."""
     chosen = fleet.names(policy.min_clients, policy.wait)
-    order = _order(method, state, state.round, train=False, judge=True)
+    order = make_order(method, state, state.round, train=False, judge=True)
 
     def accept(reply: Reply) -> None:
         if (reply.round, reply.model) != (order.round, order.model):
             raise Refused("of another model than the final one")
 
-    return _report(order, state, chosen, _collect(fleet, order, chosen, policy, hooks, clock, accept))
+    return _report(order, state, len(chosen), chosen, _collect(fleet, order, chosen, policy, hooks, clock, accept))
 
 
 def choose(names: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
@@ -161,7 +157,7 @@ class _Answers:
     seconds: float
 
 
-def _order(method: Method, state: ServerState, round: int, *, train: bool, judge: bool) -> Order:
+def make_order(method: Method, state: ServerState, round: int, *, train: bool, judge: bool) -> Order:
     shared = {part: t for part, t in state.parts.items() if part in method.shared}
     return Order(
         round=round,
@@ -199,10 +195,12 @@ def _collect(
         else:
             accepted[reply.client] = reply.metrics, reply.judged
 
+    answer: Reply | Failure | None = None
     closes = began + policy.deadline
     hooks.during(standing)
     exchange = fleet.broadcast(order, chosen, policy.deadline)
     while waiting and (left := closes - clock()) > 0:
+        answer = None  # a reply is large: the last one goes before the next one comes
         answer = exchange.next(left)
         if answer is None:
             continue
@@ -237,10 +235,22 @@ def _collect(
     )
 
 
-def _report(order: Order, state: ServerState, chosen: Sequence[str], answers: _Answers) -> RoundReport:
+def _lack(report: RoundReport, policy: FederationConfig) -> str:
+    """Why a round did not count."""
+    if not report.chosen:
+        return f"sites reached: {report.reached} of {policy.min_clients}"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in report.refused.items())
+    return (
+        f"sites reached: {len(report.chosen)}; missing: {', '.join(report.missing) or 'nobody'}; "
+        f"refused: {reasons or 'nobody'}"
+    )
+
+
+def _report(order: Order, state: ServerState, reached: int, chosen: Sequence[str], answers: _Answers) -> RoundReport:
     return RoundReport(
         round=order.round,
         state=state,
+        reached=reached,
         chosen=tuple(chosen),
         folded=tuple(answers.accepted),
         refused=answers.refused,

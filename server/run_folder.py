@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from common.config import Config, parse
 from common.errors import UsageError, UserError
 from common.metrics import Groups
+from server.rounds import RoundReport
 
 
 def summary(config: Config, history: list[dict[str, Any]], groups: tuple[Groups, ...]) -> dict[str, Any]:
@@ -58,16 +60,22 @@ def evaluated(config: Config, round: int) -> bool:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time works in a run folder; the lock goes with the process, however it ends."""
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """One process at a time works in a run folder; the lock goes with the process, however it ends. `patience` is for
+    one that is about to end, in seconds."""
     folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + patience
     with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is running this experiment: wait for it, or use --out"
-            ) from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise UserError(
+                        f"{folder}: another process is running this experiment: wait for it, or name another folder"
+                    ) from None
+            time.sleep(0.1)
         yield
 
 
@@ -115,13 +123,19 @@ def same_experiment(before: dict[str, Any], now: dict[str, Any], folder: Path) -
     """A run may be continued with more rounds or on another device; nothing else may change under it."""
     with suppress(UsageError):  # a key that exists no more is named below
         before = parse(before).as_dict()  # a key that did not exist yet had its default
-    old, new = _flat(before), _flat(now)
-    for key in sorted(old.keys() | new.keys(), key=lambda key: (key != "method.name", key)):  # its knobs follow from it
-        if key != "federation.rounds" and not key.startswith("run.") and old.get(key) != new.get(key):
+    for key, (old, new) in differences(before, now).items():
+        if key != "federation.rounds" and not key.startswith("run."):
             raise UserError(
-                f"{folder} holds a run with {key} = {old.get(key)!r}, not {new.get(key)!r}: "
+                f"{folder} holds a run with {key} = {old!r}, not {new!r}: "
                 "name another folder with --out, or delete that one to start anew"
             )
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys of two configurations with their values in both, where these are not the same."""
+    old, new = _flat(before), _flat(now)
+    keys = sorted(old.keys() | new.keys(), key=lambda key: (key != "method.name", key))  # its knobs follow from it
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -137,20 +151,64 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _mean(items: list[Any]) -> Any:
     """The mean of equally shaped JSON values, leaf by leaf; None where any is missing."""
     first = items[0]
+    if any(item is None for item in items):
+        return None
     if isinstance(first, dict):
         return {key: _mean([item.get(key) for item in items]) for key in first}
     if isinstance(first, list):
         return [_mean(list(values)) for values in zip(*items, strict=True)]
-    if any(item is None for item in items):
-        return None
     return sum(items) / len(items)
 
 
-def keep_lines(path: Path, many: int) -> None:
-    """Drop events of rounds that will be run again: a run may have been killed between event and checkpoint."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        _write(path, "".join(lines[:many]))
+def entry(report: RoundReport) -> dict[str, Any]:
+    """What is kept of a round."""
+    return {
+        "round": report.round,
+        "sites": list(report.folded),
+        "refused": report.refused,
+        "missing": list(report.missing),
+        "loss": mean_metrics(report.metrics),
+    }
+
+
+def newest(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last evaluation."""
+    return next((e["evaluation"] for e in reversed(history) if "evaluation" in e), None)
+
+
+def mean_metrics(reported: dict[str, dict[str, float]]) -> dict[str, float]:
+    names = sorted({name for metrics in reported.values() for name in metrics})
+    values = {name: [m[name] for m in reported.values() if name in m] for name in names}
+    return {name: sum(v) / len(v) for name, v in values.items()}
+
+
+def add_line(path: Path, event: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(event) + "\n")
+
+
+def amend_line(path: Path, number: int, more: dict[str, Any]) -> None:
+    """Add to the event on line `number`, counted from 0."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[number] = json.dumps({**json.loads(lines[number]), **more}) + "\n"
+    _write(path, "".join(lines))
+
+
+def restore_lines(path: Path, history: list[dict[str, Any]]) -> None:
+    """One line for every round of `history`: events of rounds that will be run again go, as a run may have been killed
+    between event and checkpoint; one that a power cut took or damaged comes back without its times."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines += [""] * (len(history) - len(lines))
+    kept = (line if _is_of(line, e["round"]) else json.dumps(e) for line, e in zip(lines, history, strict=False))
+    _write(path, "".join(f"{line}\n" for line in kept))
+
+
+def _is_of(line: str, round: int) -> bool:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(event, dict) and event.get("round") == round
 
 
 def write_json(path: Path, value: Any) -> None:

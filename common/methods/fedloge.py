@@ -57,8 +57,8 @@ class FedLoGe(Method):
     fixed: ClassVar[frozenset[str]] = frozenset({"frame"})
     local: ClassVar[frozenset[str]] = frozenset({"local_head"})
 
-    psi_loss: Literal["plain", "balanced"] = "plain"
-    count_aware: bool = False
+    psi_loss: Literal["plain", "balanced"] = "plain"  # balanced: softmax by the class counts of the site
+    count_aware: bool = False  # true: rows of psi averaged by the samples of their class; sites send those counts
 
     def makers(self, task: Task) -> dict[str, Maker]:
         return {

@@ -65,9 +65,18 @@ class FileImages:
     channels = 3
 
     def __init__(
-        self, listing: Listing, labels: Tensor, classes: tuple[str, ...], side: int, config: DataConfig
+        self,
+        listing: Listing,
+        labels: Tensor,
+        classes: tuple[str, ...],
+        side: int,
+        config: DataConfig,
+        *,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
     ) -> None:
         self.listing, self.labels, self.classes, self.side, self.config = listing, labels, classes, side, config
+        self.mean, self.std = mean, std
         self.groups = None if listing.groups is None else tuple(listing.groups)
         auto: Augment | Literal["resized-crop"] = "crop-flip" if side <= 64 else "resized-crop"
         self.augment = auto if config.augment == "auto" else config.augment
@@ -82,7 +91,9 @@ class FileImages:
 
         own = self.listing
         listing = Listing(pick(own.paths), pick(own.names), None if own.groups is None else pick(own.groups))
-        return type(self)(listing, self.labels[index], self.classes, self.side, self.config)
+        return type(self)(
+            listing, self.labels[index], self.classes, self.side, self.config, mean=self.mean, std=self.std
+        )
 
     def settle(self, training: bool) -> "FileImages | PixelImages":
         """The same images in memory if they are few and, for training, their augmentation can do with the middle."""
@@ -100,8 +111,8 @@ class FileImages:
             torch.from_numpy(pixels),
             self.labels,
             self.classes,
-            mean=MEAN,
-            std=STD,
+            mean=self.mean,
+            std=self.std,
             augment=augment,
             groups=self.groups,
         )
@@ -116,7 +127,7 @@ class FileImages:
                 rows = torch.rand(n, 5, generator=rng, dtype=torch.float64).tolist()
             elif self.augment != "none":
                 codes = torch.randint(windows(self.pad, self.augment), (n,), generator=rng).to(device)
-        mean, std = spread(MEAN, self.side).to(device), spread(STD, self.side).to(device)
+        mean, std = spread(self.mean, self.side).to(device), spread(self.std, self.side).to(device)
         y = self.labels[index].to(device)
         with closing(self._decode(index.tolist(), rows, size)) as images:
             for start in range(0, n, size):

@@ -15,14 +15,18 @@ from common.sources import files
 
 
 def load(config: DataConfig, classes: tuple[str, ...] = ()) -> Split:
-    root = Path(config.path)
+    return files.load(*listings(Path(config.path)), config, classes)
+
+
+def listings(root: Path) -> tuple[files.Listing, files.Listing | None]:
+    """What there is to train with and, where the folder has them, to test with."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder: name one with a subfolder of images for every class")
     sets = {entry.name for entry in _subfolders(root)}
     if "train" in sets and sets <= {"train", "test", "val"}:
         test = next((root / name for name in ("test", "val") if name in sets), None)
-        return files.load(_list(root / "train"), None if test is None else _list(test), config, classes)
-    return files.load(_list(root), None, config, classes)
+        return _list(root / "train"), None if test is None else _list(test)
+    return _list(root), None
 
 
 def _subfolders(root: Path) -> list[Path]:

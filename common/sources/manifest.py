@@ -20,11 +20,15 @@ Row = Mapping[str, Any]
 
 
 def load(config: DataConfig, classes: tuple[str, ...] = ()) -> Split:
-    path = Path(config.path)
+    test = Path(config.test_path) if config.test_path else None
+    return files.load(*listings(Path(config.path), test), config, classes)
+
+
+def listings(path: Path, test_path: Path | None) -> tuple[files.Listing, files.Listing | None]:
+    """What there is to train with and, where a table says so, to test with."""
     rows = read(path, ("path", "label"))
-    if config.test_path:
-        other = Path(config.test_path)
-        test: files.Listing | None = _list(read(other, ("path", "label")), other)
+    if test_path is not None:
+        test: files.Listing | None = _list(read(test_path, ("path", "label")), test_path)
     else:
         for number, row in enumerate(rows, 1):
             if "split" in row and row["split"] not in ("train", "test"):
@@ -34,7 +38,7 @@ def load(config: DataConfig, classes: tuple[str, ...] = ()) -> Split:
         test = _list(held, path) if held else None
     if not rows:
         raise UserError(f"{path}: has no row to train with: add some")
-    return files.load(_list(rows, path), test, config, classes)
+    return _list(rows, path), test
 
 
 def _list(rows: Iterable[Row], table: Path) -> files.Listing:

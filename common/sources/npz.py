@@ -27,7 +27,7 @@ from common.sources.source import augmentation, divide, number
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
     path: Path
     images: NDArray[np.uint8]
     names: list[str]  # class name of every image
@@ -38,11 +38,11 @@ class _File:
 
 
 def load(config: DataConfig, classes: tuple[str, ...] = ()) -> Split:
-    train = _read(Path(config.path))
+    train = read(Path(config.path))
     images = _images(train, train, classes or train.classes, config)
     if not config.test_path:
         return divide(images, config)
-    test = _read(Path(config.test_path))
+    test = read(Path(config.test_path))
     if test.images.shape[1:] != train.images.shape[1:]:
         raise UserError(
             f"{test.path}: images of {test.images.shape[1:]} but {train.images.shape[1:]} in {train.path}: "
@@ -51,7 +51,7 @@ def load(config: DataConfig, classes: tuple[str, ...] = ()) -> Split:
     return Split(images, _images(test, train, images.classes, config))
 
 
-def _images(file: _File, moments: _File, classes: tuple[str, ...], config: DataConfig) -> PixelImages:
+def _images(file: File, moments: File, classes: tuple[str, ...], config: DataConfig) -> PixelImages:
     labels, _ = number(file.names, classes, lambda i: f"{file.path}, image {i}")
     return PixelImages(
         torch.from_numpy(file.images),
@@ -64,7 +64,8 @@ def _images(file: _File, moments: _File, classes: tuple[str, ...], config: DataC
     )
 
 
-def _read(path: Path) -> _File:
+def read(path: Path, empty: bool = False) -> File:
+    """The arrays of a file, checked; with `empty` it may be one without images."""
     try:
         with path.open("rb") as stream:  # numpy leaves a file it cannot read open
             file = np.load(stream, allow_pickle=False)
@@ -81,14 +82,14 @@ def _read(path: Path) -> _File:
     images, labels = arrays["images"], arrays["labels"]
     if images.ndim == 3:
         images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or not images.size:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or not (images.size or empty):
         raise UserError(
             f"{path}: images are {images.dtype} {images.shape}: save them as uint8 (n, side, side, channels)"
         )
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise UserError(f"{path}: labels are {labels.dtype} {labels.shape}: save one whole number for every image")
     classes = tuple(map(str, arrays["classes"].tolist())) if "classes" in arrays else ()
-    classes = classes or tuple(map(str, range(max(int(labels.max()) + 1, 1))))
+    classes = classes or tuple(map(str, range(max(int(labels.max(initial=0)) + 1, 1))))
     if len(set(classes)) < len(classes):
         raise UserError(f"{path}: two classes have one name: name every class once in the array 'classes'")
     bad = np.flatnonzero((labels < 0) | (labels >= len(classes)))
@@ -105,7 +106,7 @@ def _read(path: Path) -> _File:
         if values.dtype.kind not in "fiu" or values.shape != images.shape[3:] or (key == "std" and values.min() <= 0):
             raise UserError(f"{path}: {key} = {values.tolist()}: save {images.shape[3]} numbers, one for every channel")
         moments.append(tuple(float(v) for v in values))
-    return _File(
+    return File(
         path,
         images,
         [classes[c] for c in labels.tolist()],

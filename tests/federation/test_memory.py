@@ -7,7 +7,8 @@ from pathlib import Path
 
 MODEL_MB = 45  # a ResNet-18
 CHILD = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 import torch
 from common.config import FederationConfig, parse
 from common.messages import Order, Reply
@@ -40,7 +41,9 @@ def peak_mb(many, hoarding=False):
     assert len(report.folded) == many and not report.refused, report.refused
     moved = report.state.parts["backbone"][largest] - start.parts["backbone"][largest]
     assert torch.allclose(moved, torch.tensor(0.5), atol=1e-4)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not getrusage, whose peak may be that of the process that started this one
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
 
 megabytes = sum(t.numel() * 4 for group in start.parts.values() for t in group.values()) / 2**20
 print(json.dumps({"model": megabytes, "few": peak_mb(4), "many": peak_mb(200), "hoarded": peak_mb(40, hoarding=True)}))

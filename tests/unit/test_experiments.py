@@ -14,7 +14,7 @@ from common import config
 from common.config import Config
 from common.methods import METHODS
 from fedloge import main
-from fedloge.experiments import DEMO, DEMO_METHODS
+from fedloge.demo import DEMO
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
@@ -87,13 +87,6 @@ def test_every_experiment_parses_and_is_called_like_its_file(path: Path) -> None
     experiment = config.load(path)
     assert experiment.name == path.stem
     assert config.parse(experiment.as_dict()) == experiment
-
-
-@pytest.mark.parametrize("method", DEMO_METHODS)
-def test_the_demo_runs_both_of_its_methods_on_bundled_data(method: str) -> None:
-    experiment = config.load(DEMO, [f"method={method}"])
-    assert experiment.method.name == method
-    assert experiment.data.source == "digits"
 
 
 # --- the reference settings ------------------------------------------------------------------------------------------

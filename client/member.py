@@ -1,0 +1,228 @@
+"""A site between messages: its data, its net, its personal state. It knows nothing of how messages travel.
+
+Under the state folder lie `splits.json` (data.py), `fixed.safetensors` (fixed.py), `store/` (the local parts of every
+method in every federation, store.py), `models/` (the final personal model) and `events.jsonl` (a line for every
+order). Made once and used for all orders: data are read and the net is built again only when the server's settings
+change. A new one on the same folder answers as the old one would have, bit for bit on one thread.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from client import data, personal
+from client.fixed import Fixed
+from client.judge import brief, judge
+from client.participant import Participant
+from client.refusal import Refusal, told
+from client.store import Store
+from common import files, parts
+from common.config import RunConfig
+from common.deployment import ImagesConfig, from_settings
+from common.errors import UserError
+from common.evaluation import FeatureCache
+from common.images import Images
+from common.messages import Judgement, Order, Reply
+from common.net import Task, best_device, build
+
+log = logging.getLogger(__name__)
+
+
+class Ticket(Protocol):
+    """What of a kit counts here."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an answer came to, for those who look on: a line of events.jsonl begins with it."""
+
+    round: int
+    trained: bool  # False: the round is the last one, and the personal model is kept
+    loss: float | None  # of the round's first phase
+    generic: float | None  # accuracy on the site's own test images: before the round, or at the end
+    personal: float | None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What follows from the server's settings."""
+
+    settings: str
+    participant: Participant
+    judged_on: Images
+
+
+class Member:
+    def __init__(
+        self,
+        ticket: Ticket,
+        place: Path,
+        state: Path,
+        *,
+        test: Path | None = None,
+        device: str = "auto",
+        share_counts: bool = False,
+        notify: Callable[[Told], None] = lambda _: None,
+    ) -> None:
+        """Look at the data at `place`, and refuse what cannot work before anybody is told of this site."""
+        self.ticket = ticket
+        self.device = best_device(RunConfig(device=device).device)
+        self.state = state
+        self.notify = notify
+        state.mkdir(parents=True, exist_ok=True)
+        self.data = data.load(place, test, ticket.classes, ticket.name, state / "splits.json")
+        self._share_counts = share_counts
+        self._fixed = Fixed(state / "fixed.safetensors")
+        self._images: tuple[ImagesConfig, Images, Images] | None = None
+        self._work: _Work | None = None
+
+    @property
+    def examples(self) -> int:
+        return len(self.data.train.labels)
+
+    @property
+    def counts(self) -> tuple[int, ...] | None:
+        """Training images of every class, if the site has decided to share them."""
+        return tuple(self.data.counts.tolist()) if self._share_counts else None
+
+    @property
+    def holds(self) -> str:
+        """Digest of the fixed parts at hand; empty asks for them."""
+        return self._fixed.digest
+
+    @property
+    def model(self) -> Path:
+        """Where the personal model is kept at the end."""
+        return self.state / "models" / "personal.safetensors"
+
+    @property
+    def ended(self) -> Path:
+        """The file that is there once the federation is over."""
+        return self.state / "over"
+
+    def answer(self, order: Order, settings: str, fixed_digest: str) -> Reply:
+        """Train or judge as `order` asks. The reply's tensors are good until the next order. Raises only `Refusal`."""
+        with told(self.state):
+            began = time.monotonic()
+            work = self._prepared(settings)
+            order = replace(order, fixed=self._fixed.take(order.fixed, fixed_digest))
+            reply = self._train(work, order) if order.train else self._finish(work, order)
+            told_now = self._note(order, reply, time.monotonic() - began)
+        self.notify(told_now)
+        return reply
+
+    def over(self) -> None:
+        """The server has said that nothing more will come."""
+        with told(self.state):
+            files.write(self.ended, "")
+
+    def _train(self, work: _Work, order: Order) -> Reply:
+        site, kept = work.participant, work.participant.store.rounds()
+        # the server's state is that before this round: what the site has of this and later ones comes from rounds that
+        # did not count, and a site that was away goes on from the newest it has
+        if len(kept) == site.store.keep and kept[0] >= order.round:  # earlier ones were there and had to make room
+            log.warning("the server went back to before round %d: the parts of this site start anew", order.round)
+        site.store.rewind(order.round - 1)
+        judged: Judgement = {}
+        if order.judge:
+            site.prepare({**order.shared, **order.fixed}, before=order.round)
+            judged = self._judge(work, order.round - 1)
+        return replace(site.handle(order), judged=judged)  # it fills the net anew: judging leaves no trace
+
+    def _finish(self, work: _Work, order: Order) -> Reply:
+        """Keep the personal model of the final parts and say how good both are."""
+        site = work.participant
+        site.store.rewind(order.round)
+        site.prepare({**order.shared, **order.fixed}, before=order.round + 1)
+        judged = self._judge(work, order.round) if order.judge else {}
+        if site.has_trained():
+            self.model.parent.mkdir(exist_ok=True)
+            parts.sweep(self.model.parent)
+            personal.save(site, order.round, self.model)
+            files.write(
+                self.model.with_name("settings.json"), work.settings
+            )  # what the model is and how images reach it
+        return Reply(
+            client=site.name, round=order.round, model=order.model, examples=self.examples, shared={}, judged=judged
+        )
+
+    def _judge(self, work: _Work, round: int) -> Judgement:
+        site = work.participant
+        # one pass of the images for all heads on the received backbone, whose values change only after this
+        cache = FeatureCache(work.judged_on, self.device, site.task.config.evaluation.batch, site.net["backbone"])
+        return brief(judge(site, cache, torch.arange(len(work.judged_on)), (), round))
+
+    def _note(self, order: Order, reply: Reply, seconds: float) -> Told:
+        found = Told(
+            round=order.round,
+            trained=order.train,
+            loss=next(iter(reply.metrics.values()), None),
+            generic=_first(reply.judged, "generic"),
+            personal=_first(reply.judged, "personal"),
+        )
+        line = {**asdict(found), "examples": reply.examples, "losses": reply.metrics, "seconds": round(seconds, 3)}
+        with (self.state / "events.jsonl").open("a", encoding="utf-8") as events:
+            events.write(json.dumps(line) + "\n")
+        return found
+
+    def _prepared(self, settings: str) -> _Work:
+        """What the settings ask for, made anew only when they are others than before."""
+        if self._work is not None and self._work.settings == settings:
+            return self._work
+        self._work = None  # its net and this one need not fit into memory together
+        task, wish = self._agreed(settings)
+        train, judged_on = self._read(wish)
+        method = task.config.method
+        net = build(method, task).to(self.device)
+        if task.config.train.layout == "channels_last":
+            net = net.to(memory_format=torch.channels_last)
+        kept = self.state / "store" / f"{method.name}-{self.ticket.fingerprint[:16]}"
+        participant = Participant(
+            name=self.ticket.name,
+            task=task,
+            method=method,
+            net=net,
+            images=train,
+            train_index=torch.arange(len(train)),
+            counts=self.data.counts,
+            # a site may be a round ahead of the checkpoints, and the oldest of them must still find its local parts
+            store=Store(kept, keep=RunConfig().keep + 1, durable=True),
+            device=self.device,
+        )
+        self._work = _Work(settings, participant, judged_on)
+        return self._work
+
+    def _agreed(self, settings: str) -> tuple[Task, ImagesConfig]:
+        try:
+            found = from_settings(settings, RunConfig(device=str(self.device)))
+            task = found.task
+        except UserError as error:  # it speaks of nothing but the settings
+            raise Refusal(str(error)) from None
+        if task.classes != self.ticket.classes:
+            raise Refusal("its kit lists other classes than the server's settings: give it a new kit")
+        return task, found.images
+
+    def _read(self, wish: ImagesConfig) -> tuple[Images, Images]:
+        """Training and test images, read again only when they shall look otherwise."""
+        if self._images is None or self._images[0] != wish:
+            self._images = None
+            self._images = wish, self.data.train.images(wish, True), self.data.test.images(wish, False)
+        return self._images[1:]
+
+
+def _first(judged: Judgement, kind: str) -> float | None:
+    """Accuracy of the method's own predictor."""
+    return next((measured["top1"] for measured in judged.get(kind, {}).values()), None)

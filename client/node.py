@@ -1,0 +1,256 @@
+"""The resident node of a site: takes messages from the server and answers them with a Flower ClientApp in-process.
+
+It lives as long as the federation, through restarts of the server and cuts of the network (see membership.py). The
+app is the one given to it: no code is ever fetched or run for the server. What a killed node owed is known by its
+folder (see outbox.py), so the next start gives it at once: the reply it had, or word that there will be none.
+"""
+
+import fcntl
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from google.protobuf.message import DecodeError
+
+from client.fleet_api import Faulty, FleetApi, Forgotten, Gone
+from client.membership import Membership
+from client.outbox import Outbox
+from common.errors import UserError
+from common.kit import Kit
+
+log = logging.getLogger(__name__)
+
+OVER = "query.over"  # the last message (common.wire's; that one loads torch, and a killed node shall be back before)
+QUICK, IDLE = 0.2, 1.0  # seconds between two questions for a message
+OPEN = 30.0, 3600.0  # the next message is likely within the time that the last one took to come, and within these
+FAULTS = 10  # failures of the server, not of the network, after which a message is given up
+LONGEST = 300  # characters of an error that go to the server
+
+App = Callable[[Message, Context], Message]
+
+
+class Node:
+    """One site as a node of a SuperLink, with `folder` as its memory. `notify` is told, in a line, whenever the
+    standing of the connection changes."""
+
+    def __init__(
+        self,
+        kit: Kit,
+        folder: Path,
+        app: App,
+        node_config: Mapping[str, bool | int | float | str],
+        notify: Callable[[str], None] = lambda _: None,
+        patience: float = 30.0,
+    ) -> None:
+        self._folder = folder
+        self._app = app
+        self._config = dict(node_config)
+        self._api = FleetApi(kit)
+        self._outbox = Outbox(folder, hashlib.sha256(self._api.key).hexdigest())
+        self._membership = Membership(kit, self._api, self._outbox, notify, patience)
+        self._insist = self._membership.insist
+        self._context: Context | None = None
+        self._over = False
+        self._answered = self._open = time.monotonic()  # when the last reply was given; until when to ask quickly
+
+    @property
+    def known(self) -> bool:
+        """Whether it was a node before, and may owe something."""
+        return self._outbox.node_id() is not None
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until the federation is over. A KeyboardInterrupt leaves it in good order, and passes on. `ready` is
+        called once a killed node's debts are paid, so that no round waits for what it takes to get ready."""
+        with only_one(self._folder):
+            try:
+                self._membership.start()
+                self._turn(only_owed=True)
+                ready()
+                while not self._over:
+                    self._turn()
+            finally:
+                # the SuperLink would drop the last reply if its node said farewell before it is collected
+                self._membership.leave(farewell=not self._over)
+
+    def _turn(self, only_owed: bool = False) -> None:
+        """Ask for a message and see it through, or wait a moment."""
+        try:
+            reply = self._owed() or (None if only_owed else self._next())
+            if reply is None and only_owed:
+                return
+            if reply is None:
+                time.sleep(QUICK if time.monotonic() < self._open else IDLE)
+                return
+            self._deliver(reply)
+        except Forgotten as reason:
+            log.warning("%s: joining again", reason)
+            self._membership.join()
+            return
+        self._outbox.clear()
+        now = time.monotonic()
+        self._open = now + min(max(now - self._answered, OPEN[0]), OPEN[1])
+        self._answered = now
+        answer = reply.messages_list[0]
+        self._over = answer.metadata.message_type == OVER
+        if self._over and answer.HasField("error"):
+            raise UserError(f"the federation is over, but its end failed here: {answer.error.reason}")
+        if self._over:
+            self._membership.say("the federation is over")
+
+    def _owed(self) -> PushMessagesRequest | None:
+        """What was under way when the node was killed or the server was lost: its reply, or word that there is none."""
+        try:
+            if kept := self._outbox.reply():
+                reply: PushMessagesRequest = PushMessagesRequest.FromString(kept)
+                tree = reply.message_object_trees[0]
+                if self._outbox.whole(part.object_id for part in iterate_object_tree(tree)):
+                    return reply
+            if noted := self._outbox.order():
+                head = message_from_proto(PullMessagesResponse.FromString(noted).messages_list[0])
+                log.warning("%s was under way when this client was stopped: the server is told", _title(head))
+                error = _failed(head, ErrorCode.CLIENT_APP_CRASHED, "the client was stopped in the middle of it")
+                return self._keep(error, 0.0)
+        except DecodeError:
+            log.warning("%s: what was under way is damaged: dropped", self._folder)
+            self._outbox.clear()
+        return None
+
+    def _next(self) -> PushMessagesRequest | None:
+        """The reply to the next message, if there is one."""
+        order = self._insist(self._api.pull)
+        if order is None:
+            return None
+        self._outbox.begin(order.SerializeToString())
+        began = time.monotonic()
+        head = message_from_proto(order.messages_list[0])
+        try:
+            answer = self._answer(head, [part.object_id for part in iterate_object_tree(order.message_object_trees[0])])
+        except (Gone, Faulty) as reason:
+            log.warning("%s is dropped: %s", _title(head), reason)
+            self._outbox.clear()
+            return None
+        return self._keep(answer, time.monotonic() - began)
+
+    def _answer(self, head: Message, object_ids: list[str]) -> Message:
+        """The app's reply, or the error that came instead of it."""
+        run_id, message_id = head.metadata.run_id, head.metadata.message_id
+        contents: dict[str, bytes] = {}
+        self._insist(lambda: self._api.fetch(run_id, object_ids, contents, _expiry(head)), FAULTS)
+        self._insist(lambda: self._api.confirm(run_id, message_id), FAULTS)
+        log.info("%s: received", _title(head))
+        try:
+            # the message gets no name here, so that what the app drops of its content is gone
+            reply = self._app(_inflated(message_id, contents), self._context_of(run_id))
+            if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != message_id:
+                raise TypeError("the app did not return a reply to the message")
+            return reply
+        except Exception as error:
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            text = " ".join(text.split())
+            log.error("%s failed: %s", _title(head), text)
+            log.debug("in detail", exc_info=True)
+            return _failed(head, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, self._clean(text))
+
+    def _keep(self, answer: Message, seconds: float) -> PushMessagesRequest:
+        """Write the reply down before anybody hears of it."""
+        with no_object_id_recompute():
+            answer.metadata.__dict__["_message_id"] = answer.object_id
+            reply = PushMessagesRequest(
+                messages_list=[message_to_proto(remove_content_from_message(answer))],
+                message_object_trees=[get_object_tree(answer)],
+                clientapp_runtime_list=[seconds],
+            )
+            for object_id, part in get_all_nested_objects(answer).items():
+                self._outbox.put(object_id, part.deflate())
+        self._outbox.finish(reply.SerializeToString())
+        return reply
+
+    def _deliver(self, reply: PushMessagesRequest) -> None:
+        """Announce the reply and give its objects; or drop it where nobody waits for it any more."""
+        head = message_from_proto(reply.messages_list[0])
+        run_id = head.metadata.run_id
+        lacking: set[str] = set()
+
+        def announce() -> bool:
+            # a reply is taken only once, and the answer to an earlier attempt may be lost; but the server knows it then
+            known = self._outbox.tried and self._api.knows(run_id, head.metadata.message_id)
+            self._outbox.try_now()
+            taken, missing = self._api.announce(reply)
+            lacking.update(missing)
+            return taken or known
+
+        try:
+            if time.time() > _expiry(head) or not self._insist(announce, FAULTS):
+                log.warning("%s: nobody waits for the reply any more: it is not sent", _title(head))
+                return
+            self._insist(lambda: self._api.upload(run_id, lacking, self._outbox.object), FAULTS)
+            log.info("%s: answered", _title(head))
+        except (Gone, Faulty) as reason:
+            log.warning("%s: the reply is dropped: %s", _title(head), reason)
+
+    def _context_of(self, run_id: int) -> Context:
+        """One for a run, as Flower has it: what the app puts into its state lasts as long as run and process."""
+        node_id = self._api.node_id
+        if self._context is None or (self._context.run_id, self._context.node_id) != (run_id, node_id):
+            self._context = Context(run_id, node_id, self._config, RecordDict(), run_config={})
+        return self._context
+
+    def _clean(self, text: str) -> str:
+        """What looks like a path is cut out of an error that goes to the server."""
+        for value in sorted(map(str, [self._folder, *self._config.values()]), key=len, reverse=True):
+            if "/" in value:
+                text = text.replace(value, "<path>")
+        return re.sub(r"[^\s'\"]*[/\\][^\s'\"]*", "<path>", text)[:LONGEST]
+
+
+def _inflated(message_id: str, contents: dict[str, bytes]) -> Message:
+    message = inflate_object_from_contents(message_id, contents)
+    if not isinstance(message, Message):
+        raise TypeError("what came is not a message")
+    message.metadata.__dict__["_message_id"] = message_id  # it is the digest of the content, so it cannot be in it
+    return message
+
+
+def _failed(head: Message, code: int, reason: str) -> Message:
+    return Message(Error(code, reason), reply_to=head)
+
+
+def _expiry(head: Message) -> float:
+    return head.metadata.created_at + head.metadata.ttl
+
+
+def _title(head: Message) -> str:
+    group = f" of round {head.metadata.group_id}" if head.metadata.group_id else ""
+    return f"{head.metadata.message_type} message{group}"
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """One client at a time uses a state folder; the lock goes with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}): name another folder") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another client is using this folder: stop it first") from None
+        yield

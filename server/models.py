@@ -1,0 +1,70 @@
+"""The server's state as a model: on which device it lies, how good it is, and the file it ends in."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import parts
+from common.deployment import Deployment
+from common.evaluation import FeatureCache, evaluate
+from common.holding import gather
+from common.images import Images
+from common.methods.method import Method, ServerState
+from common.net import Net, Task
+
+GENERIC = "generic.safetensors"
+
+
+def placed(state: ServerState, device: torch.device) -> ServerState:
+    moved = {part: {name: t.to(device) for name, t in group.items()} for part, group in state.parts.items()}
+    return replace(state, parts=moved, extra={name: t.to(device) for name, t in state.extra.items()})
+
+
+def common_backbone(net: Net, state: ServerState) -> nn.Module | None:
+    """The backbone, where all sites have the same: it is shared, and so are its BatchNorm statistics."""
+    return net["backbone"] if "backbone" in state.parts and "norms" not in net.parts() else None
+
+
+def save_generic(net: Net, method: Method, task: Task, state: ServerState, folder: Path) -> bool:
+    """Write the method's own generic model; False where it has none. `net` holds it afterwards."""
+    net.load(state.parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts.sweep(folder)
+    for name, predictor in list(method.served(net, task).items())[:1]:
+        tensors = {**prefixed("backbone", predictor.features), **prefixed("head", predictor.head)}
+        parts.save(folder / GENERIC, tensors, {**about(task, state), "predictor": name})
+        return True
+    return False
+
+
+def about(task: Task, state: ServerState) -> dict[str, str]:
+    """What every model file says of itself."""
+    return {"classes": json.dumps(task.classes), "round": str(state.round)}
+
+
+def prefixed(prefix: str, module: nn.Module) -> parts.Tensors:
+    return {f"{prefix}.{name}": t.detach() for name, t in parts.tensors(module).items()}
+
+
+class TestSet:
+    """The operator's own images, on which the generic model is judged; there may be none."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._batch = deployment.config.evaluation.batch
+        self._images: Images | None = None
+        if deployment.server.test:
+            found, apart = gather(Path(deployment.server.test), deployment.images.classes)
+            self._images = (found if apart is None else apart).images(deployment.images, training=False)
+
+    def judge(self, net: Net, method: Method, task: Task, state: ServerState, device: torch.device) -> dict[str, Any]:
+        """Figures of every generic predictor; none without images."""
+        if self._images is None:
+            return {}
+        net.load(state.parts)
+        cache = FeatureCache(self._images, device, self._batch, common_backbone(net, state))
+        everything: Tensor = torch.arange(len(self._images))
+        return evaluate(method.served(net, task), cache, everything, ())
