@@ -29,7 +29,7 @@ from common.errors import UserError
 from common.evaluation import FeatureCache
 from common.images import Images
 from common.messages import Judgement, Order, Reply
-from common.net import Task, best_device, build
+from common.net import Task, best_device, build_on
 
 log = logging.getLogger(__name__)
 
@@ -186,9 +186,7 @@ class Member:
         task, wish = self._agreed(settings)
         train, judged_on = self._read(wish)
         method = task.config.method
-        net = build(method, task).to(self.device)
-        if task.config.train.layout == "channels_last":
-            net = net.to(memory_format=torch.channels_last)
+        net = build_on(self.device, method, task)
         kept = self.state / "store" / f"{method.name}-{self.ticket.fingerprint[:16]}"
         participant = Participant(
             name=self.ticket.name,

@@ -199,7 +199,11 @@ class Node:
             if time.time() > _expiry(head) or not self._insist(announce, FAULTS):
                 log.warning("%s: nobody waits for the reply any more: it is not sent", _title(head))
                 return
+            # the message object last: by it the server tells a reply that is there as a whole
+            last = lacking & {head.metadata.message_id}
+            lacking -= last
             self._insist(lambda: self._api.upload(run_id, lacking, self._outbox.object), FAULTS)
+            self._insist(lambda: self._api.upload(run_id, last, self._outbox.object), FAULTS)
             log.info("%s: answered", _title(head))
         except (Gone, Faulty) as reason:
             log.warning("%s: the reply is dropped: %s", _title(head), reason)

@@ -50,9 +50,9 @@ def save(participant: Participant, round: int, path: Path, generic: nn.Module | 
     classes = participant.task.classes
     name, predictor = next(iter(participant.method.personal(participant.net, participant.site(round)).items()))
     own = predictor.features is not generic
-    tensors = prefixed("head", predictor.head)
+    tensors = parts.prefixed("head", predictor.head)
     if own:
-        tensors |= prefixed("backbone", predictor.features)
+        tensors |= parts.prefixed("backbone", predictor.features)
     about = {
         "classes": json.dumps(classes),
         "round": str(round),
@@ -62,7 +62,3 @@ def save(participant: Participant, round: int, path: Path, generic: nn.Module | 
         "trained_classes": json.dumps([classes[c] for c in participant.counts.nonzero().flatten()]),
     }
     parts.save(path, tensors, about, durable=participant.store.durable)
-
-
-def prefixed(prefix: str, module: nn.Module) -> Tensors:
-    return {f"{prefix}.{name}": t.detach() for name, t in parts.tensors(module).items()}

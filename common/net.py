@@ -98,6 +98,12 @@ def build(method: "Method", task: Task) -> Net:
     return Net(made, norms_apart=task.config.model.norm == "local")
 
 
+def build_on(device: torch.device, method: "Method", task: Task) -> Net:
+    """The net where it is trained, in the memory layout that the settings ask for."""
+    net = build(method, task).to(device)
+    return net.to(memory_format=torch.channels_last) if task.config.train.layout == "channels_last" else net
+
+
 def fresh(method: "Method", task: Task, net: Net, parts: Iterable[str], client: str) -> dict[str, Tensors]:
     """Initial values of a client's local parts: from its own stream, so no two sites start alike."""
     found: dict[str, Tensors] = {}

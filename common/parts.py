@@ -48,6 +48,11 @@ def tensors(module: nn.Module, names: Collection[str] | None = None) -> Tensors:
     return {name: t for name, t in live.items() if name in names}
 
 
+def prefixed(prefix: str, module: nn.Module) -> Tensors:
+    """The tensors of a module under names of a larger one, as in the files of finished models."""
+    return {f"{prefix}.{name}": t.detach() for name, t in tensors(module).items()}
+
+
 def snapshot(t: Tensors) -> Tensors:
     """Copies, detached, each on the device of the original."""
     return {name: value.detach().clone() for name, value in t.items()}

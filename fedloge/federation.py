@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.evaluation import FeatureCache, evaluate
 from common.images import Images
 from common.methods.method import Method, ServerState
-from common.net import Net, Task, best_device, build
+from common.net import Net, Task, best_device, build_on
 from server import models
 
 
@@ -53,9 +53,7 @@ def assemble(config: Config, folder: Path) -> Federation:
     classes = images.classes
     task = Task(config, classes, images.channels, images.side)
     device = best_device(config.run.device)
-    net = build(config.method, task).to(device)
-    if config.train.layout == "channels_last":
-        net = net.to(memory_format=torch.channels_last)
+    net = build_on(device, config.method, task)
     indices = partition.split(images.labels, config.partition, images.groups)
     names = [f"site-{number:03d}" for number in range(len(indices))]
     kept, held = [], []

@@ -21,15 +21,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common import metrics
 from common.config import RunConfig
 from common.deployment import Deployment, from_settings
 from common.errors import UserError
 from common.messages import Judgement, Order
 from common.methods.method import ServerState
-from common.net import best_device, build, roles
+from common.net import best_device, build_on, roles
 from server import checkpoint, rounds, run_folder
 from server.checkpoint import Checkpoint
 from server.fleet import Exchange, Fleet
@@ -113,9 +111,7 @@ class _Run:
         self.config = deployment.config
         self.method = self.config.method
         self.device = best_device(self.config.run.device)
-        self.net = build(self.method, self.task).to(self.device)
-        if self.config.train.layout == "channels_last":
-            self.net = self.net.to(memory_format=torch.channels_last)
+        self.net = build_on(self.device, self.method, self.task)
         self._test = TestSet(deployment)
         self._table = _table(deployment)
         self._folder = folder

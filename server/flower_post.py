@@ -59,7 +59,7 @@ class Answer:
     error: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Arrival:
     """A reply that was announced. Its objects are uploaded after that, the message itself last."""
 

@@ -35,7 +35,7 @@ def save_generic(net: Net, method: Method, task: Task, state: ServerState, folde
     folder.mkdir(parents=True, exist_ok=True)
     parts.sweep(folder)
     for name, predictor in list(method.served(net, task).items())[:1]:
-        tensors = {**prefixed("backbone", predictor.features), **prefixed("head", predictor.head)}
+        tensors = {**parts.prefixed("backbone", predictor.features), **parts.prefixed("head", predictor.head)}
         parts.save(folder / GENERIC, tensors, {**about(task, state), "predictor": name})
         return True
     return False
@@ -44,10 +44,6 @@ def save_generic(net: Net, method: Method, task: Task, state: ServerState, folde
 def about(task: Task, state: ServerState) -> dict[str, str]:
     """What every model file says of itself."""
     return {"classes": json.dumps(task.classes), "round": str(state.round)}
-
-
-def prefixed(prefix: str, module: nn.Module) -> parts.Tensors:
-    return {f"{prefix}.{name}": t.detach() for name, t in parts.tensors(module).items()}
 
 
 class TestSet:

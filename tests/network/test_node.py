@@ -15,8 +15,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.fleet_pb2_grpc import FleetStub
+from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
 from flwr.superlink.grid import GrpcGrid
 
+from client.fleet_api import FleetApi
 from client.node import Node
 from common.errors import UserError
 from tests.network.relay import Relay
@@ -140,6 +142,19 @@ def test_a_site_killed_while_it_replies_finishes_that(link: SuperLink, tmp_path:
             assert echoed(sent.result(90), MANY)
             assert sent.result().content["said"]["pid"] == first.process.pid
             assert ask(grid, message(node)).content["said"]["pid"] == second.process.pid
+
+
+def test_the_message_goes_last(link: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is there the server takes the reply for complete, though its site may be gone by then."""
+    answer = Message(message(7).content, reply_to=message(7))
+    objects = {part.object_id for part in iterate_object_tree(get_object_tree(answer))}
+    given: list[set[str]] = []
+    monkeypatch.setattr(FleetApi, "announce", lambda *_: (True, set(objects)))
+    monkeypatch.setattr(FleetApi, "upload", lambda _, run_id, lacking, content: given.append(set(lacking)))
+    node = Node(link.kit("o"), tmp_path / "o", lambda message, _: message, {})  # type: ignore[arg-type]
+    node._deliver(node._keep(answer, 0.0))
+    assert given == [objects - {answer.object_id}, {answer.object_id}]
+    assert len(given[0]) > 3
 
 
 def test_a_reply_survives_a_cut_of_the_network(link: SuperLink, tmp_path: Path) -> None:
