@@ -58,7 +58,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def serve(options: argparse.Namespace) -> None:
-    from common import deployment, pki
+    from common import deployment
     from server import run_folder
 
     folder: Path = options.dir
@@ -71,8 +71,6 @@ def serve(options: argparse.Namespace) -> None:
         if result is None or not _told(run):
             files.write(run / OVERRIDES, json.dumps(_overrides(options)) + "\n")  # also shows that we may write there
             _check_space(run, plan.config.run.keep)
-            if reason := pki.ready_server(folder, plan.server.host):
-                log.warning("the server's certificate was renewed: %s", reason)
             with _logged(run / "logs") as screen:
                 _supervise(folder, plan, screen)
             result = run_folder.finished(run, rounds)

@@ -54,7 +54,7 @@ class Supervisor:
     def __init__(self, folder: Path, deployment: Deployment, show: Callable[[View], None]) -> None:
         server = deployment.server
         self._folder, self._name, self._show = folder, deployment.config.name, show
-        self._address = f"{server.host}:{server.port}"
+        self._host, self._address = server.host, f"{server.host}:{server.port}"
         self._run = folder / "run"
         self._link = SuperLink(folder, server.bind, server.port)
         self._doors: Doors | None = None

@@ -228,8 +228,9 @@ class Post:
         return False
 
     def _complete(self, arrival: _Arrival) -> bool:
+        """Honest nodes upload the message itself last; another one's next object shows that it holds something back."""
         try:
-            return bool(self._object(arrival.message))
+            return all(self._object(name) for name in (arrival.message, *arrival.missing[:1]))
         except Unreadable:
             return False
 

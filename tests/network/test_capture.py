@@ -19,8 +19,7 @@ from tests.network.superlink import until
 from tests.network.wiretap import APPLICATION, HANDSHAKE, PREFACE, Inside, Wiretap, records
 
 NAME = "st-olavs-hospital"
-CALLS = ("ActivateNode", "SendNodeHeartbeat", "PullMessages", "PullObject", "ConfirmMessageReceived", "PushMessages",
-         "PushObject")  # fmt: skip
+CALLS = ("ActivateNode", "PullMessages", "PullObject", "ConfirmMessageReceived", "PushMessages", "PushObject")
 pytestmark = pytest.mark.timeout(600)  # several processes that import torch, on a machine that may be busy
 
 
@@ -28,8 +27,7 @@ pytestmark = pytest.mark.timeout(600)  # several processes that import torch, on
 class Captured:
     study: Study
     kit: Kit
-    up: bytes  # on the line, all connections of the site
-    down: bytes
+    line: list[bytes]  # what went each way in every connection of the site, as anybody sees it
     inside: Inside
     offered: list[str | None]  # what a client of our own got when it asked for HTTP/2
 
@@ -66,12 +64,8 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Captured]:
         for name, child in {"server": server, NAME: site}.items():
             study.finish(child, name, 400.0)
         assert [event["sites"] for event in study.events()] == [[NAME]] * 2
-        talks = line.talks[mark:]
-        yield Captured(
-            study, kit,
-            b"".join(talk.up for talk in talks), b"".join(talk.down for talk in talks),
-            Inside.of([talk for talk in inside.talks if talk.up]), offered,
-        )  # fmt: skip
+        ways = [bytes(way) for talk in line.talks[mark:] for way in (talk.up, talk.down)]
+        yield Captured(study, kit, ways, Inside.of([talk for talk in inside.talks if talk.up]), offered)
 
 
 def asked(study: Study, port: int) -> str | None:
@@ -86,13 +80,14 @@ def asked(study: Study, port: int) -> str | None:
 
 
 def test_on_the_line_there_is_nothing_but_tls(captured: Captured) -> None:
-    for content in (captured.up, captured.down):
-        seen = list(records(content))
-        assert seen[0][0] == HANDSHAKE
-        assert {version for _, version, _ in seen} <= {b"\x03\x01", b"\x03\x03"}  # as TLS 1.3 has it on its records
-        assert {kind for kind, _, _ in seen} <= {20, 21, HANDSHAKE, APPLICATION}
-        carried = sum(len(body) for kind, _, body in seen if kind == APPLICATION)
-        assert carried > 0.9 * len(content)
+    seen = [list(records(way)) for way in captured.line]
+    for way in seen:
+        assert way[0][0] == HANDSHAKE
+        assert {version for _, version, _ in way} <= {b"\x03\x01", b"\x03\x03"}  # as TLS 1.3 has it on its records
+        assert {kind for kind, _, _ in way} <= {20, 21, HANDSHAKE, APPLICATION}
+    assert all(b"\x02h2" in way[0][2] for way in seen[::2])  # what the site asks for is the last that one can read
+    carried = sum(len(body) for way in seen for kind, _, body in way if kind == APPLICATION)
+    assert carried > 0.9 * sum(map(len, captured.line))
     assert captured.offered == ["h2", "h2"]
 
 
@@ -125,7 +120,7 @@ def test_what_is_said_is_for_the_two_of_them_only(captured: Captured) -> None:
     inside = PREFACE + captured.inside.headers + captured.inside.data
     for what, content in secrets(captured).items():
         assert content in inside, f"{what} should be inside, or this test looks for the wrong thing"
-        assert content not in captured.up + captured.down, what
+        assert not any(content in way for way in captured.line), what
 
 
 def test_what_is_private_does_not_leave_the_site_even_inside_of_tls(captured: Captured) -> None:

@@ -150,8 +150,9 @@ def test_the_message_goes_last(link: SuperLink, tmp_path: Path, monkeypatch: pyt
     objects = {part.object_id for part in iterate_object_tree(get_object_tree(answer))}
     given: list[set[str]] = []
     monkeypatch.setattr(FleetApi, "announce", lambda *_: (True, set(objects)))
-    monkeypatch.setattr(FleetApi, "upload", lambda _, run_id, lacking, content: given.append(set(lacking)))
+    monkeypatch.setattr(FleetApi, "upload", lambda *called: given.append(set(called[2])))
     node = Node(link.kit("o"), tmp_path / "o", lambda message, _: message, {})  # type: ignore[arg-type]
+    node._outbox.begin(b"")
     node._deliver(node._keep(answer, 0.0))
     assert given == [objects - {answer.object_id}, {answer.object_id}]
     assert len(given[0]) > 3
