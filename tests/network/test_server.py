@@ -41,7 +41,13 @@ class Federation:
     def start(self, *words: str) -> subprocess.Popen[str]:
         command = [*FEDLOGE, "server", str(self.folder), *words]
         pipe = subprocess.PIPE
-        server = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        before = signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # where Ctrl-C is ignored, children ignore it too
+        try:
+            server = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
         self.servers.append(server)
         return server
 
