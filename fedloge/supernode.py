@@ -102,6 +102,7 @@ class SuperNode:
                     end = min(end, time.monotonic() + FAREWELL)
                 time.sleep(TICK)
             look()
+            last = [last, *said.new()][-1]  # its last words
         finally:
             child.stdin.close()
             try:

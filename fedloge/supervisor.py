@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from common import pki
 from common.deployment import Deployment
 from common.errors import UserError
 from common.register import Site, registry
@@ -89,6 +90,8 @@ class Supervisor:
     def _start(self, *, link: bool) -> None:
         if link:
             self._stop()
+            if reason := pki.ready_server(self._folder, self._host):  # it may have ended while the server ran
+                log.warning("the server's certificate was renewed: %s", reason)
             self._doors, self._opened = self._link.start(), time.monotonic()
             log.info("%s: open for sites on port %d", self._name, self._doors.fleet)
             self._control = Control(self._folder, self._doors.control)
