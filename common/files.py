@@ -20,7 +20,7 @@ def write(path: Path, text: str, mode: int = OPEN) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}): check its folder and disk") from None
     finally:
@@ -28,7 +28,7 @@ def write(path: Path, text: str, mode: int = OPEN) -> None:
             temporary.unlink()
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """A new name is on the disk when its folder is."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -24,6 +24,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.files import sync
 
 Tensors: TypeAlias = dict[str, Tensor]
 
@@ -161,7 +162,7 @@ def save(path: Path, tensors: Tensors, metadata: dict[str, str], durable: bool =
                 os.fsync(file.fileno())
         temporary.replace(path)
         if durable:
-            _sync(path.parent)
+            sync(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({_reason(error)}): check its folder and disk") from None
     finally:
@@ -213,12 +214,3 @@ def _seal(metadata: dict[str, str]) -> str:
 
 def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
-
-
-def _sync(folder: Path) -> None:
-    """A new name is on the disk when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

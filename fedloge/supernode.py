@@ -8,10 +8,8 @@ was killed as online, is started again until the federation is over.
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from common import files, keys
 from common.errors import UserError
 from common.kit import Kit
 from server import guard
+from server.superlink import find_program
 
 AGAIN = 3.0  # seconds until one that ended is started again
 FAREWELL = 30.0  # seconds it has to tell the server that the site has heard of the end
@@ -46,7 +45,7 @@ class SuperNode:
         files.write(ca, kit.ca.decode())
         files.write(key, keys.openssh(kit.private_key()), files.SECRET)
         files.write(settings, "".join(f"{key} = {json.dumps(v, ensure_ascii=False)}\n" for key, v in config.items()))
-        program = _program("flower-supernode")
+        program = find_program("flower-supernode")
         self._command = [
             sys.executable, "-I", guard.__file__, str(self._log), program,
             "--superlink", kit.address,
@@ -116,11 +115,3 @@ class SuperNode:
             return True
         self._say(f"flower-supernode ended ({last or 'it said nothing'}): it is started again; its log is {self._log}")
         return False
-
-
-def _program(name: str) -> str:
-    places = os.pathsep.join([str(Path(sys.executable).parent), sysconfig.get_path("scripts")])
-    found = shutil.which(name, path=places) or shutil.which(name)
-    if found is None:
-        raise UserError(f"{name} is not installed here: install fedloge with its dependencies (pip install .)")
-    return found

@@ -112,7 +112,7 @@ class SuperLink:
         pki = self._folder / "pki"
         host = f"[{self._bind}]" if ":" in self._bind else self._bind
         return [
-            _program("flower-superlink"),
+            find_program("flower-superlink"),
             "--ssl-ca-certfile", str(pki / "ca.crt"),
             "--ssl-certfile", str(pki / "server.crt"),
             "--ssl-keyfile", str(pki / "server.key"),
@@ -233,7 +233,7 @@ def check_free(bind: str, port: int) -> None:
 
 
 def _environment(home: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(Path(_program("flower-superlink")).parent), os.environ.get("PATH", os.defpath)])
+    path = os.pathsep.join([str(Path(find_program("flower-superlink")).parent), os.environ.get("PATH", os.defpath)])
     inherited = {key: value for key, value in os.environ.items() if key != "FLWR_LOG_LEVEL"}  # we read its log
     return {
         **inherited,
@@ -247,7 +247,8 @@ def _environment(home: Path) -> dict[str, str]:
     }
 
 
-def _program(name: str) -> str:
+def find_program(name: str) -> str:
+    """Where a command of Flower is that was installed with us."""
     places = os.pathsep.join([str(Path(sys.executable).parent), sysconfig.get_path("scripts")])
     found = shutil.which(name, path=places) or shutil.which(name)
     if found is None:

@@ -47,7 +47,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "script"
     script.write_text(SCRIPT.format(python=sys.executable, state=str(state)))
     script.chmod(0o755)
-    monkeypatch.setattr(supernode, "_program", lambda _: str(script))
+    monkeypatch.setattr(supernode, "find_program", lambda _: str(script))
     monkeypatch.setattr(supernode, "diagnose", lambda *_: Diagnosis("ok", ""))
     monkeypatch.setattr(supernode, "AGAIN", 0.0)
     return state
