@@ -31,6 +31,7 @@ from google.protobuf.message import DecodeError
 from client.fleet_api import Faulty, FleetApi, Forgotten, Gone
 from client.membership import Membership
 from client.outbox import Outbox
+from common import heap
 from common.errors import UserError
 from common.kit import Kit
 
@@ -77,6 +78,7 @@ class Node:
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until the federation is over. A KeyboardInterrupt leaves it in good order, and passes on. `ready` is
         called once a killed node's debts are paid, so that no round waits for what it takes to get ready."""
+        heap.keep()
         with only_one(self._folder):
             try:
                 self._membership.start()

@@ -25,7 +25,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import files
+from common import files, heap
 from common.errors import UserError
 from server import guard
 
@@ -236,6 +236,7 @@ def _environment(home: Path) -> dict[str, str]:
     path = os.pathsep.join([str(Path(find_program("flower-superlink")).parent), os.environ.get("PATH", os.defpath)])
     inherited = {key: value for key, value in os.environ.items() if key != "FLWR_LOG_LEVEL"}  # we read its log
     return {
+        **heap.keeping(),
         **inherited,
         "PATH": path,  # the SuperLink starts its helpers by name
         "FLWR_HOME": str(home),  # also how we know our processes again

@@ -1,0 +1,24 @@
+"""Memory that a process keeps for the next round instead of giving it back to the kernel in between.
+
+A round allocates the same few blocks of megabytes again and again, and the C library asks the kernel for each of them:
+fresh pages, to be zeroed and mapped, which took a third of all processor time of a round with a model of 45 MB. What
+is kept so is at most `KEPT` beyond what is in use.
+"""
+
+import ctypes
+from contextlib import suppress
+
+KEPT = 256 << 20  # bytes: also the size from which a block has pages of its own again
+TRIM, MMAP = -1, -3  # glibc's names for the two are M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+
+
+def keep() -> None:
+    """In this process, where its C library is glibc."""
+    with suppress(OSError, AttributeError):
+        for option in (TRIM, MMAP):
+            ctypes.CDLL(None).mallopt(option, KEPT)
+
+
+def keeping() -> dict[str, str]:
+    """The same for a process to be started, as variables of its environment."""
+    return {"MALLOC_TRIM_THRESHOLD_": str(KEPT), "MALLOC_MMAP_THRESHOLD_": str(KEPT)}
