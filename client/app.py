@@ -5,7 +5,7 @@ same node_config: `kit`, `data`, `state` and, if wanted, `key`, `test`, `device`
 error that it raises is a `Refusal`, whose text goes to the server and holds no path.
 """
 
-import importlib.metadata
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from client.member import Member, Told
 from client.refusal import Refusal, told
 from common.kit import open_kit
 from common.messages import class_digest
-from common.wire import Card, decode_order, encode_card, encode_reply
+from common.wire import VERSION, Card, decode_ask, decode_order, encode_card, encode_reply
 
 NodeConfig = Mapping[str, bool | int | float | str]
+
+log = logging.getLogger(__name__)
 
 app = ClientApp()
 
@@ -66,9 +68,11 @@ def answer(message: Message, context: Context) -> Message:
 @app.query("card")
 def show_card(message: Message, context: Context) -> Message:
     member = _member(context)
+    if (theirs := decode_ask(message.content)) != VERSION:
+        log.warning("the server runs fedloge %s, this site %s: it takes part once both are the same", theirs, VERSION)
     card = Card(
         name=member.ticket.name,
-        version=importlib.metadata.version("fedloge"),
+        version=VERSION,
         classes=class_digest(member.ticket.classes),
         examples=member.examples,
         holds=member.holds,

@@ -22,7 +22,7 @@ from client.judge import brief, judge
 from client.participant import Participant
 from client.refusal import Refusal, told
 from client.store import Store
-from common import files, parts
+from common import files
 from common.config import RunConfig
 from common.deployment import ImagesConfig, from_settings
 from common.errors import UserError
@@ -150,7 +150,7 @@ class Member:
         judged = self._judge(work, order.round) if order.judge else {}
         if site.has_trained():
             self.model.parent.mkdir(exist_ok=True)
-            parts.sweep(self.model.parent)
+            files.sweep(self.model.parent)
             personal.save(site, order.round, self.model)
             files.write(
                 self.model.with_name("settings.json"), work.settings

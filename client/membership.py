@@ -24,7 +24,9 @@ from common.kit import Kit
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 5.0  # seconds between two tries
+MOMENT = 3.0  # seconds in which a server that waits for answers looks whether their nodes are online
 LOOK = 30.0  # seconds between two looks at why the server is not reached
+GONE = 2 * BEAT  # seconds without a heartbeat after which the server takes a node for gone
 ALIVE = 65.0  # seconds for which at most a node that was killed counts as online: Flower's own ask for 60
 T = TypeVar("T")
 
@@ -40,6 +42,7 @@ class Membership:
         self._notify = notify
         self._patience = patience
         self._leaving = threading.Event()
+        self._beating = threading.Lock()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._joined = False
         self._looked = -math.inf
@@ -55,11 +58,12 @@ class Membership:
         self._heart.start()
 
     def join(self) -> None:
-        """Become a node: the one of before where the server knows it, even if it has not noticed that it was gone."""
+        """Become a node: the one of before where the server knows it, even if it has not noticed that it was gone. One
+        that was gone for longer and is online all the same is so by another client."""
         before = self._outbox.node_id()
 
         def enter() -> None:
-            if before is not None:
+            if before is not None and self._outbox.heard_within(GONE):
                 with suppress(Forgotten):
                     self._api.resume(before)
                     return
@@ -91,6 +95,7 @@ class Membership:
             self._outbox.clear()  # the server that wanted it is gone
             self._outbox.remember(self._api.node_id)
         self._joined = True
+        self._outbox.heard()
         self._say_connected()
 
     def leave(self, farewell: bool) -> None:
@@ -101,7 +106,16 @@ class Membership:
         if farewell and self._joined:
             with suppress(FleetError):
                 self._api.deactivate()
+                self._outbox.left()
         self._api.close()
+
+    def step_out(self) -> None:
+        """Be offline for a moment: the server gives up what it has handed out to this node and would wait for."""
+        with self._beating:
+            with suppress(Faulty):  # it takes us for offline already
+                self.insist(self._api.deactivate, 1)
+            time.sleep(MOMENT)
+            self.insist(self._api.heartbeat)
 
     def insist(self, call: Callable[[], T], faults: float = math.inf) -> T:
         """What the call gives, however long the server is out of reach; or Faulty, if it failed `faults` times."""
@@ -151,7 +165,9 @@ class Membership:
         pause = 0.8 * BEAT
         while not self._leaving.wait(pause):
             try:
-                self._api.heartbeat()
+                with self._beating:
+                    self._api.heartbeat()
+                self._outbox.heard()
                 pause = 0.8 * BEAT
             except FleetError:
                 pause = 1.0

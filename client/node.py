@@ -19,6 +19,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -28,10 +29,10 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from google.protobuf.message import DecodeError
 
-from client.fleet_api import Faulty, FleetApi, Forgotten, Gone
+from client.fleet_api import Faulty, FleetApi, Forgotten, Gone, Unreachable, pieces
 from client.membership import Membership
 from client.outbox import Outbox
-from common import heap
+from common import files, heap
 from common.errors import UserError
 from common.kit import Kit
 
@@ -68,6 +69,7 @@ class Node:
         self._insist = self._membership.insist
         self._context: Context | None = None
         self._over = False
+        self._doubt = False  # whether a message may have been lost on its way
         self._answered = self._open = time.monotonic()  # when the last reply was given; until when to ask quickly
 
     @property
@@ -103,6 +105,7 @@ class Node:
         except Forgotten as reason:
             log.warning("%s: joining again", reason)
             self._membership.join()
+            self._doubt = False
             return
         self._outbox.clear()
         now = time.monotonic()
@@ -135,26 +138,44 @@ class Node:
 
     def _next(self) -> PushMessagesRequest | None:
         """The reply to the next message, if there is one."""
-        order = self._insist(self._api.pull)
+        order = self._pulled()
         if order is None:
             return None
         self._outbox.begin(order.SerializeToString())
         began = time.monotonic()
         head = message_from_proto(order.messages_list[0])
         try:
-            answer = self._answer(head, [part.object_id for part in iterate_object_tree(order.message_object_trees[0])])
+            answer = self._answer(head, order.message_object_trees[0])
         except (Gone, Faulty) as reason:
             log.warning("%s is dropped: %s", _title(head), reason)
             self._outbox.clear()
             return None
         return self._keep(answer, time.monotonic() - began)
 
-    def _answer(self, head: Message, object_ids: list[str]) -> Message:
+    def _pulled(self) -> PullMessagesResponse | None:
+        """The next message. Where an answer was lost on its way there may have been one in it, which the server never
+        gives again, and goes on waiting for."""
+
+        def pull() -> PullMessagesResponse | None:
+            try:
+                return self._api.pull()
+            except Unreachable:
+                self._doubt = True
+                raise
+
+        order = self._insist(pull)
+        if order is None and self._doubt:
+            self._doubt = False
+            self._membership.step_out()
+        return order
+
+    def _answer(self, head: Message, tree: ObjectTree) -> Message:
         """The app's reply, or the error that came instead of it."""
         run_id, message_id = head.metadata.run_id, head.metadata.message_id
         contents: dict[str, bytes] = {}
-        self._insist(lambda: self._api.fetch(run_id, object_ids, contents, _expiry(head)), FAULTS)
-        self._insist(lambda: self._api.confirm(run_id, message_id), FAULTS)
+        object_ids, large = [part.object_id for part in iterate_object_tree(tree)], pieces(tree)
+        self._insist(lambda: self._api.fetch(run_id, object_ids, contents, _expiry(head), large), FAULTS)
+        self._api.confirm(run_id, message_id)
         log.info("%s: received", _title(head))
         try:
             # the message gets no name here, so that what the app drops of its content is gone
@@ -204,7 +225,8 @@ class Node:
             # the message object last: by it the server tells a reply that is there as a whole
             last = lacking & {head.metadata.message_id}
             lacking -= last
-            self._insist(lambda: self._api.upload(run_id, lacking, self._outbox.object), FAULTS)
+            large = pieces(reply.message_object_trees[0])
+            self._insist(lambda: self._api.upload(run_id, lacking, self._outbox.object, large), FAULTS)
             self._insist(lambda: self._api.upload(run_id, last, self._outbox.object), FAULTS)
             log.info("%s: answered", _title(head))
         except (Gone, Faulty) as reason:
@@ -259,4 +281,5 @@ def only_one(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another client is using this folder: stop it first") from None
+        files.sweep(folder)
         yield

@@ -3,17 +3,21 @@
 A message is noted when it comes (`order`); its reply is there complete or not at all (`reply`, and one file per
 object in `objects/`), then the message was answered; `tried` says that the server may have heard of the reply. So a
 client that was killed knows what it owes: an error for a message without a reply, or the upload of the reply it has.
+Beside them lies `heard`, which is as old as the last answer of the server.
 Files survive a killed process; after a power cut a damaged one is found by its content and counts as not there.
 """
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common import files
 from common.errors import UserError
+
+HEARD = "heard"
 
 
 class Outbox:
@@ -38,6 +42,22 @@ class Outbox:
 
     def remember(self, node_id: int) -> None:
         files.write(self._known, json.dumps({"node": node_id, "owner": self._owner}))
+
+    def heard(self) -> None:
+        """The server has answered just now."""
+        with suppress(OSError):  # nothing is lost by it
+            (self._folder.parent / HEARD).touch()
+
+    def left(self) -> None:
+        """The server has been told that this client goes."""
+        with suppress(OSError):
+            (self._folder.parent / HEARD).unlink(missing_ok=True)
+
+    def heard_within(self, seconds: float) -> bool:
+        try:
+            return time.time() - (self._folder.parent / HEARD).stat().st_mtime < seconds
+        except OSError:
+            return False
 
     def begin(self, order: bytes) -> None:
         """A message has come."""

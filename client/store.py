@@ -7,7 +7,7 @@ is run again after a crash starts from exactly what it started from the first ti
 import logging
 from pathlib import Path
 
-from common import parts
+from common import files, parts
 from common.parts import Corrupt, Tensors
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Store:
 
     def rewind(self, round: int) -> None:
         """Forget what came after `round`: the server went back to it and the later rounds will be run again."""
-        parts.sweep(self.folder)
+        files.sweep(self.folder)
         for later in [r for r in self.rounds() if r > round]:
             self._path(later).unlink()
 

@@ -41,12 +41,19 @@ class ServerConfig:
     host: str = "localhost"  # the name or address by which sites reach the server; it is in the certificate
     port: int = 9092  # the one port sites connect to
     bind: str = "0.0.0.0"  # the address it listens on
+    listen: int = 0  # the port it listens on, where a proxy or a port mapping brings sites to another one; 0: `port`
     test: str = ""  # a balanced test set the operator has (.npz, folder or table): the generic model is judged on it
 
     def __post_init__(self) -> None:
         require(self.host != "" and not set(self.host) & set("/ \t"), "server.host", self.host, "a name or an address")
         require(1 <= self.port <= 65535, "server.port", self.port, "1 to 65535")
         require(self.bind != "", "server.bind", self.bind, "an address of this machine, or 0.0.0.0 for all of them")
+        require(0 <= self.listen <= 65535, "server.listen", self.listen, "1 to 65535, or 0 for server.port")
+
+    @property
+    def door(self) -> int:
+        """The port it listens on."""
+        return self.listen or self.port
 
 
 @dataclass(frozen=True)

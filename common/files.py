@@ -1,4 +1,4 @@
-"""Text files that appear complete or not at all, and outlive a power cut once they are written."""
+"""Text files that appear complete or not at all; what `write` has written outlives a power cut."""
 
 import os
 import uuid
@@ -26,6 +26,19 @@ def write(path: Path, text: str, mode: int = OPEN) -> None:
     finally:
         with suppress(OSError):  # mostly there is none: it has its final name
             temporary.unlink()
+
+
+def replace(path: Path, text: str) -> None:
+    """The whole file or the one before, whenever the process is killed; for what is written often."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left behind. Only for a folder that nobody is writing to."""
+    for leftover in folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def sync(folder: Path) -> None:

@@ -47,6 +47,16 @@ class Holding(Protocol):
 
 def gather(path: Path, classes: tuple[str, ...], test: Path | None = None) -> tuple[Holding, Holding | None]:
     """What lies at `path`, and the test set that comes with it or is named by `test`."""
+    try:
+        return _gather(path, classes, test)
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename}: the user that runs this (number {os.geteuid()}) may not read it: "
+            "give it the right to, or run as the one who owns it"
+        ) from None
+
+
+def _gather(path: Path, classes: tuple[str, ...], test: Path | None) -> tuple[Holding, Holding | None]:
     if path.is_dir():
         if test is not None:
             raise UsageError(f"{test}: the test images of a folder lie in it: make {path}/train and {path}/test")
@@ -64,12 +74,21 @@ def gather(path: Path, classes: tuple[str, ...], test: Path | None = None) -> tu
 def _files(
     train: Listing, test: Listing | None, classes: tuple[str, ...], roots: tuple[Path, Path]
 ) -> tuple[Holding, Holding | None]:
+    for listing in (train, test):
+        _open_some(listing)
     made = [
         None if listing is None else _Files(listing, _labels(listing.names, classes, listing.paths), classes, root)
         for listing, root in zip((train, test), roots, strict=True)
     ]
     assert made[0] is not None
     return made[0], made[1]
+
+
+def _open_some(listing: Listing | None) -> None:
+    """One image of every class, to know that we may; with all of them this could take minutes."""
+    for path in {} if listing is None else dict(zip(listing.names, listing.paths, strict=True)).values():
+        with Path(path).open("rb"):
+            pass
 
 
 def _labels(names: list[str], classes: tuple[str, ...], places: list[str]) -> Tensor:

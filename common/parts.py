@@ -141,7 +141,7 @@ def save(path: Path, tensors: Tensors, metadata: dict[str, str], durable: bool =
 
     `durable` returns only when the file and its name are on the disk and outlive a power cut. The metadata
     keys `digest` (of the tensors) and `seal` (of all metadata) are the file's own. A writer that is killed
-    leaves its temporary file behind: see `sweep`.
+    leaves its temporary file behind: see `files.sweep`.
     """
     taken = metadata.keys() & {"digest", "seal"}
     if taken:
@@ -187,12 +187,6 @@ def read(path: Path, sealed: bool = True) -> tuple[Tensors, dict[str, str]]:
     if seal != _seal(metadata) or metadata.pop("digest", None) != digest(tensors):
         raise Corrupt(f"{path}: is damaged: its content does not match its own digest")
     return tensors, metadata
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed writers left behind. Only for a folder that nobody is writing to."""
-    for leftover in folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 def _entry(value: object) -> tuple[str, tuple[int, ...], str]:

@@ -12,6 +12,7 @@ their SHA-256, which the SuperLink verifies on upload (and nobody on the way out
 What is decoded comes from the network. Anything that is not as it should be raises ValueError with one printable line.
 """
 
+import importlib.metadata
 import json
 import math
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ TRAIN = "train"  # types of Flower messages
 JUDGE = "evaluate"
 CARD = "query.card"
 OVER = "query.over"
+
+VERSION = importlib.metadata.version("fedloge")  # sites of another are refused
 
 RAW = "fedloge.raw"  # the `stype` of our Arrays
 ROUNDED = "shared/backbone"  # what bf16 is for
@@ -138,6 +141,17 @@ def decode_reply(record: RecordDict, client: str) -> Reply:
     return reply
 
 
+def encode_ask() -> RecordDict:
+    """The question for a card."""
+    return RecordDict({"ask": ConfigRecord({"version": VERSION})})
+
+
+def decode_ask(record: RecordDict) -> str:
+    """The version of fedloge that the server runs."""
+    found = record.get("ask")
+    return _line(dict(found), "version") if isinstance(found, ConfigRecord) else "of an unknown version"
+
+
 def encode_card(card: Card) -> RecordDict:
     about = vars(card) | {"counts": list(card.counts or ())}
     if card.counts is None:
@@ -234,7 +248,8 @@ def _about(record: RecordDict, kind: str, *others: str) -> dict[str, Any]:
     about: dict[str, Any] = dict(found)
     schema = _take(about, "schema", int)
     if schema != SCHEMA:  # first, because in another version anything else may differ
-        raise ValueError(f"other version of fedloge: schema {schema} instead of {SCHEMA}")
+        named = f" ({shown(str(about['version']))} instead of {VERSION})" if "version" in about else ""
+        raise ValueError(f"other version of fedloge: schema {schema} instead of {SCHEMA}{named}")
     if record.keys() != {kind, *others}:
         raise ValueError(f"does not hold {kind} and {others} only")
     return about

@@ -11,12 +11,15 @@ from fedloge.site import DATA
 EPILOG = """example: fedloge check north.kit --data /data/xrays
          fedloge check study
 
-At a site, with its kit: the kit and its key, the server's name, port and certificate, whether it accepts the key, the
-clock, the state folder, disk, device, and the images with --data. At the server, with the folder of the federation:
-settings, model and frame, authority and certificates, name and port, test set, disk, sites and their kits.
+At a site, with its kit: the kit and its key, the server's name, port and
+certificate, whether it accepts the key, the clock, the state folder, disk,
+device, and the images with --data. At the server, with the folder of the
+federation: settings, model and frame, authority and certificates, name and
+port, test set, disk, sites and their kits.
 
-Every line begins with what came out: PASS; FAIL, with what is wrong and how to mend it; WARN for what stops nothing but
-should be known; SKIP for what could not be looked at. It ends with 0 if nothing failed and 1 otherwise. It changes
+Every line begins with what came out: PASS; FAIL, with what is wrong and how to
+mend it; WARN for what stops nothing but should be known; SKIP for what could
+not be looked at. It ends with 0 if nothing failed and 1 otherwise. It changes
 nothing, and may be used while a client or a server is running."""
 SITE_ONLY = ("data", "test", "key", "state", "device")
 

@@ -101,7 +101,7 @@ def _anew(folder: Path) -> Path:
     return folder
 
 
-def provide(experiment: Config, folder: Path) -> list[str]:
+def provide(experiment: Config, folder: Path, host: str = "localhost", port: int = 0) -> list[str]:
     """Every site's data, and what `fedloge init` and `fedloge invite` would make; gives the names of the sites."""
     from common import deployment, pki
 
@@ -113,14 +113,14 @@ def provide(experiment: Config, folder: Path) -> list[str]:
     settings |= {f"{section}.{key}": value for section, keys in table.items() for key, value in keys.items()}
     settings |= {f"images.{key}": value for key, value in vars(images).items()}
     settings |= {
-        "server.bind": "127.0.0.1",
+        "server.bind": "127.0.0.1" if host == "localhost" else "0.0.0.0",
         "server.test": str(folder / "data" / "test.npz"),
         "federation.min_clients": len(names),  # all of them in every round, folded by name: the same bits every time
         "federation.quorum": 1.0,
         "federation.fold": "name",
     }
     place = folder / "federation"
-    provision.create(place, experiment.name, "localhost", _free_port(), settings)
+    provision.create(place, experiment.name, host, port or _free_port(), settings)
     plan = deployment.load(place / "federation.toml")
     for name in names:
         pki.issue(place, name, None, plan)

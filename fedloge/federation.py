@@ -12,7 +12,7 @@ from client.judge import judge as judge_site
 from client.participant import Participant
 from client.personal import save as save_personal
 from client.store import Store
-from common import metrics, partition, parts, sources
+from common import files, metrics, partition, sources
 from common.config import Config
 from common.errors import UserError
 from common.evaluation import FeatureCache, evaluate
@@ -136,7 +136,7 @@ def save_models(federation: Federation, method: Method, state: ServerState, fold
     backbone to generic.safetensors where it is the same."""
     has_generic = models.save_generic(federation.net, method, federation.task, state, folder)
     (folder / "personal").mkdir(exist_ok=True)
-    parts.sweep(folder / "personal")
+    files.sweep(folder / "personal")
     backbone = models.common_backbone(federation.net, state) if has_generic else None
     for name, participant in federation.sites.items():
         if participant.has_trained():

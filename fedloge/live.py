@@ -65,8 +65,8 @@ def table(view: View, now: float) -> list[str]:
         row("unfit", f"{name}: {reason}")
     for name, reason in list(view.shut_out.items())[:SHOWN]:
         row("shut out", f"{name}: {reason}")
-    if accuracies := _accuracies(status):
-        row("accuracy", accuracies)
+    for label, accuracy in zip(("accuracy", ""), _accuracies(status), strict=False):
+        row(label, accuracy)
     if status.message:
         row("note", status.message)
     return rows
@@ -86,7 +86,7 @@ def events(before: View | None, after: View) -> list[str]:
         for name, reason in status.bad_cards.items()
         if was.status.bad_cards.get(name) != reason
     ]
-    if status.judged_round != was.status.judged_round:
+    if status.judged_round not in (0, was.status.judged_round):  # 0: a new run has not said yet what there was
         lines.append(_at_home(status))
     if status.phase != was.status.phase and {status.phase, was.status.phase} != {"waiting", "training"}:  # every round
         lines.append(PHASES[status.phase])
@@ -173,13 +173,14 @@ def _replies(status: Status, now: float) -> str:
     return text
 
 
-def _accuracies(status: Status) -> str:
-    parts = []
+def _accuracies(status: Status) -> list[str]:
+    """In rows of their own: together they would not fit into 80 columns."""
+    rows = []
     if status.generic is not None:
-        parts.append(f"generic {percent(status.generic)} % on the test set")
+        rows.append(f"generic {percent(status.generic)} % on the test set")
     if status.judged_round:
-        parts.append(_at_home(status))
-    return "; ".join(parts)
+        rows.append(_at_home(status))
+    return rows
 
 
 def _at_home(status: Status) -> str:

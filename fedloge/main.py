@@ -25,6 +25,7 @@ VERBS = {  # of every module
     "report": ("report",),
     "frames": ("frame",),
     "bench": ("bench",),
+    "lobby": ("lobby",),
 }
 
 

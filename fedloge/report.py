@@ -24,7 +24,7 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:44rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.5rem;margin-bottom:0}h2{font-size:1.1rem;margin-top:2rem}p.about{color:#666;margin-top:.2rem}
 table{border-collapse:collapse;width:100%}th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}
-th:first-child,td:first-child,td.text{text-align:left}th{color:#666;font-weight:normal}tr.own{font-weight:bold}
+th:first-child,td:first-child,.text{text-align:left}th{color:#666;font-weight:normal}tr.own{font-weight:bold}
 svg{width:100%;height:auto}svg text{font-size:12px;fill:#666}.key{display:inline-block;width:.8em;height:.8em}
 """
 
@@ -63,9 +63,10 @@ def write(folder: Path, out: Path | None = None) -> Path:
 def _page(metrics: dict[str, Any], events: list[dict[str, Any]], environments: list[dict[str, Any]]) -> str:
     title = f"{escape(metrics['name'])}: {escape(metrics['method'])}"
     used = environments[-1]
+    judged = ", ".join(map(str, metrics["mean_of_rounds"]))
     about = (
-        f"{metrics['rounds']} rounds, seed {metrics['seed']}, figures are means over rounds "
-        f"{', '.join(map(str, metrics['mean_of_rounds']))}; code {escape(str(used['code']))}, "
+        f"{metrics['rounds']} rounds, seed {metrics['seed']}, figures are "
+        f"{'means over rounds' if ',' in judged else 'those of round'} {judged}; code {escape(str(used['code']))}, "
         f"torch {escape(str(used['torch']))}, {escape(str(used['gpu'] or used['processor']))}"
     )
     return "\n".join(
@@ -89,6 +90,7 @@ def _results(metrics: dict[str, Any]) -> str:
             figures = [values["top1"], values["balanced"], values["macro_f1"], values["ece"]]
             rows.append(f"<tr{own}><td>{label}<td class=text>{escape(name)}{_cells(map(percent, figures))}")
     head = _head("", "predictor", "top-1 %", "balanced %", "macro-F1 %", "ECE %")
+    head = head.replace("<th>predictor", "<th class=text>predictor")
     return f"<table>{head}{''.join(rows)}</table><p class=about>In bold the method's own predictors.</p>"
 
 

@@ -25,7 +25,8 @@ from server import status as board
 from server.status import Status
 
 EXAMPLE = """example: fedloge server study --rounds 50 --min-clients 3
-  stop it with Ctrl-C and start it again whenever you like: it goes on after the last finished round"""
+  stop it with Ctrl-C and start it again whenever you like:
+  it goes on after the last finished round"""
 FLAGS = {
     "rounds": (int, "N", "rounds in all"),
     "min-clients": (int, "N", "sites that must be online before a round starts"),
@@ -53,7 +54,10 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.set_defaults(run=serve)
     parser = verbs.add_parser("status", help="how a federation stands", epilog="example: fedloge status study --json")
     parser.add_argument("dir", type=Path, metavar="DIR", help="the folder of the federation")
-    parser.add_argument("--json", action="store_true", help="print it as one JSON object")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print it as one JSON object")
+    well = "only say whether it is well, and end with 0 or 1; DIR may also be what a site keeps"
+    form.add_argument("--healthy", action="store_true", help=well)
     parser.set_defaults(run=report)
 
 
@@ -81,7 +85,9 @@ def serve(options: argparse.Namespace) -> None:
         print(json.dumps({**result, **places, "folder": str(folder)}))
         return
     print(outcome(result))
-    print(f"\nmodel of all: {places['models']}; personal models: at the sites\nfigures: {places['metrics']}",
+    judged = result.get("mean_of_rounds") or []
+    means = f" (means over rounds {', '.join(map(str, judged))})" if len(judged) > 1 else ""
+    print(f"\nmodel of all: {places['models']}; personal models: at the sites\nfigures: {places['metrics']}{means}",
           file=sys.stderr)  # fmt: skip
 
 
@@ -101,6 +107,11 @@ def _told(run: Path) -> bool:
 
 def report(options: argparse.Namespace) -> None:
     folder: Path = options.dir
+    if options.healthy:
+        from fedloge import health
+
+        print(health.of(folder, time.time()))
+        return
     view = _seen(folder)
     if view is None:
         raise UserError(f"{folder}: no server has run here yet: start `fedloge server {folder}`")
@@ -204,6 +215,7 @@ def _alone(run: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        files.sweep(run)
         yield
 
 

@@ -11,6 +11,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from common import files
 from common.errors import UsageError, UserError
 from common.register import grouped
 from fedloge.table import percent
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from common.kit import Kit
 
 EXAMPLE = """example: fedloge client north.kit --data /data/xrays
-It runs until the server says that the federation is over. Start it again after any stop: it goes on where it was."""
+It runs until the server says that the federation is over. Start it again after
+any stop: it goes on where it was."""
 DATA = "a folder with a subfolder of images for every class, a .csv or .parquet table, or an .npz file"
+OF = "federation"  # in the state folder: the fingerprint of the one it belongs to
 LOG_BYTES = 2_000_000  # of client.log; the one before it is kept
 SCREEN = """federation   {federation}
              {fingerprint}
@@ -58,6 +61,9 @@ def run(options: argparse.Namespace) -> None:
     config = node_config(options)
     state = Path(str(config["state"]))
     state.mkdir(parents=True, exist_ok=True)
+    if objection := foreign(state, kit):
+        raise UserError(objection)
+    files.write(state / OF, f"{kit.fingerprint}\n")
     live = Live(sys.stderr)
     members: list[Member] = []
 
@@ -96,6 +102,17 @@ def _answer(message: Any, context: Any) -> Any:
     from client import app as site_app
 
     return site_app.app(message, context)
+
+
+def foreign(state: Path, kit: "Kit") -> str:
+    """Why this kit and what is kept at `state` do not go together; empty if they do."""
+    with suppress(OSError):
+        if (state / OF).read_text(encoding="utf-8").strip() != kit.fingerprint:
+            return (
+                f"{state}: holds what a site keeps of another federation, its personal model among it: "
+                f"name another folder for {kit.federation} with --state"
+            )
+    return ""
 
 
 def node_config(options: argparse.Namespace) -> dict[str, bool | int | float | str]:

@@ -8,6 +8,7 @@ meanwhile is registered or shut out at once. It never trains, folds or judges an
 import json
 import logging
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ APPEARS = 60.0  # seconds until the process of a new run must be there
 FAREWELL = 120.0  # seconds the ServerApp may take to tell the sites that it is over
 SETTLING = 5.0  # seconds after its start in which the SuperLink may refuse sites, as it is still told their keys
 AGAIN = 600.0  # seconds until the same refusal is told again
+ROOM = 1 << 20  # bytes that must be free beyond the next checkpoint: on a full disk no start helps
 TAIL = 65536  # bytes at the end of events.jsonl that are looked at for new rounds
 
 UNKNOWN_KEY = re.compile(r"Activation failed: No SuperNode found")
@@ -57,7 +59,7 @@ class Supervisor:
         self._folder, self._name, self._show = folder, deployment.config.name, show
         self._host, self._address = server.host, f"{server.host}:{server.port}"
         self._run = folder / "run"
-        self._link = SuperLink(folder, server.bind, server.port)
+        self._link = SuperLink(folder, server.bind, server.door)
         self._doors: Doors | None = None
         self._control: Control | None = None
         self._opened = 0.0  # when the SuperLink was started
@@ -112,6 +114,9 @@ class Supervisor:
 
     def _restart(self, failure: Failed) -> None:
         done = self._rounds_done()
+        sizes = [path.stat().st_size for path in self._run.glob("checkpoints/round-*.safetensors")]
+        if shutil.disk_usage(self._run).free < max(sizes, default=0) + ROOM:
+            raise UserError(f"{self._run}: its disk is full: make room, then start again to go on after round {done}")
         self._restarts = 1 if done > self._round else self._restarts + 1
         self._round = done
         if self._restarts > RESTARTS:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import parts
+from common import files, parts
 from common.errors import UserError
 from common.methods.method import ServerState
 from common.parts import Corrupt, Tensors
@@ -46,7 +46,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, durable: bool = True) 
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; None when there has never been one. Nobody may be writing to `folder`."""
-    parts.sweep(folder)
+    files.sweep(folder)
     for path in reversed(_files(folder)):
         try:
             return read(path)

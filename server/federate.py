@@ -152,6 +152,7 @@ class _Run:
         report = rounds.final_judgement(self._fleet, self.method, state, self.config.federation, self._hooks)
         if not report.judged:
             log.warning("no site has judged the final models: there are no figures of personal models for them")
+        self._board.show(deadline=None)
         self._merge(report.judged)
         self._save(state)
         if not save_generic(self.net, self.method, self.task, state, self._folder / "models"):
@@ -161,6 +162,7 @@ class _Run:
         return result
 
     def _after(self, report: rounds.RoundReport) -> None:
+        self._board.show(deadline=None)  # it is closed, and what follows may take its time
         self._merge(report.judged)
         entry = run_folder.entry(report)
         if self._changed:

@@ -28,10 +28,12 @@ from common.wire import (
     JUDGE,
     OVER,
     TRAIN,
+    VERSION,
     Card,
     Dtype,
     decode_card,
     decode_reply,
+    encode_ask,
     encode_order,
     reply_bytes,
 )
@@ -231,9 +233,9 @@ class FlowerFleet:
             log.warning("the names of new sites cannot be had: %s", error)
 
     def _ask(self, nodes: list[_Node], now: float) -> None:
-        empty = RecordDict()
+        ask = encode_ask()
         named = {node.id: node.called for node in nodes}
-        letters = self._post.send(dict.fromkeys(named, empty), named, CARD, CARD_TTL, CARD_BYTES)
+        letters = self._post.send(dict.fromkeys(named, ask), named, CARD, CARD_TTL, CARD_BYTES)
         asking = {letter.node: letter for letter in letters}
         for node in nodes:
             node.asked, node.asking = now, asking.get(node.id)
@@ -256,9 +258,9 @@ class FlowerFleet:
                 raise ValueError(answer.error)
             self._meet(node, decode_card(answer.content))
         except ValueError as error:
-            node.problem = f"it cannot take part: {error}"
+            node.problem = str(error)
             if node.problem != before:
-                log.warning("%s: %s", node.called, node.problem)
+                log.warning("%s cannot take part: %s", node.called, node.problem)
         else:
             node.problem = ""
         self._tell()
@@ -266,6 +268,8 @@ class FlowerFleet:
     def _meet(self, node: _Node, card: Card) -> None:
         """Check the card and keep it; ValueError says what is wrong with it."""
         name = node.name or card.name
+        if card.version != VERSION:
+            raise ValueError(f"it runs fedloge {card.version}, the server {VERSION}: install the same on both sides")
         if card.name != name:
             raise ValueError(f"its kit is that of {card.name!r}, its key that of {name}")
         if any(other.name == name for other in self._nodes.values() if other is not node):

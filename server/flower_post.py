@@ -37,7 +37,7 @@ PIECE = 64 << 10  # no site cuts them smaller than this
 PULLS = 2  # objects under way at a time; more gains nothing
 SHORT, LONG = 0.01, 0.2  # seconds between two questions: the longer nothing happens, the longer
 STALL = 1.0  # seconds a reply may keep others waiting by not coming
-STUCK = 120.0  # seconds after which one that does not come any further is given up
+STUCK = 600.0  # seconds after which one that does not come any further is given up; 10 MB on a very slow line
 LATE = "too late"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import parts
+from common import files, parts
 from common.deployment import Deployment
 from common.evaluation import FeatureCache, evaluate
 from common.holding import gather
@@ -33,7 +33,7 @@ def save_generic(net: Net, method: Method, task: Task, state: ServerState, folde
     """Write the method's own generic model; False where it has none. `net` holds it afterwards."""
     net.load(state.parts)
     folder.mkdir(parents=True, exist_ok=True)
-    parts.sweep(folder)
+    files.sweep(folder)
     for name, predictor in list(method.served(net, task).items())[:1]:
         tensors = {**parts.prefixed("backbone", predictor.features), **parts.prefixed("head", predictor.head)}
         parts.save(folder / GENERIC, tensors, {**about(task, state), "predictor": name})

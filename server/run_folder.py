@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from common import files
 from common.config import Config, parse
 from common.errors import UsageError, UserError
 from common.metrics import Groups
@@ -191,7 +192,7 @@ def amend_line(path: Path, number: int, more: dict[str, Any]) -> None:
     """Add to the event on line `number`, counted from 0."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     lines[number] = json.dumps({**json.loads(lines[number]), **more}) + "\n"
-    _write(path, "".join(lines))
+    files.replace(path, "".join(lines))
 
 
 def restore_lines(path: Path, history: list[dict[str, Any]]) -> None:
@@ -200,7 +201,7 @@ def restore_lines(path: Path, history: list[dict[str, Any]]) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     lines += [""] * (len(history) - len(lines))
     kept = (line if _is_of(line, e["round"]) else json.dumps(e) for line, e in zip(lines, history, strict=False))
-    _write(path, "".join(f"{line}\n" for line in kept))
+    files.replace(path, "".join(f"{line}\n" for line in kept))
 
 
 def _is_of(line: str, round: int) -> bool:
@@ -212,11 +213,4 @@ def _is_of(line: str, round: int) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or the one before, whenever the process is killed."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    files.replace(path, json.dumps(value, indent=1) + "\n")

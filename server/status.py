@@ -2,7 +2,7 @@
 
 The ServerApp writes it, the supervisor and `fedloge status` read it, each from its own process. A file is whole or the
 one before. It is written at every change but at most five times a second; the last of many quick changes is written
-too, a moment later.
+too, a moment later. This module imports no torch: `fedloge status --healthy` is asked every few seconds.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from server import run_folder
+from common import files
 
 Phase: TypeAlias = Literal["starting", "waiting", "training", "judging", "finished", "gave-up"]
 
@@ -79,7 +79,7 @@ class Board:
 
     def _write(self) -> None:
         with suppress(OSError):  # a full disk ends the run where something is lost by it: at a checkpoint
-            run_folder.write_json(self._path, asdict(self.status))
+            files.replace(self._path, json.dumps(asdict(self.status), indent=1) + "\n")
         self._written = time.monotonic()
 
 

@@ -7,6 +7,7 @@ class is put aside. Hidden files and files that are no images by their name are 
 
 import os
 from pathlib import Path
+from typing import NoReturn
 
 from common.config import DataConfig
 from common.errors import UserError
@@ -46,8 +47,12 @@ def _list(root: Path) -> files.Listing:
 
 def find(root: Path) -> list[str]:
     """Every image file below `root`, in an order that does not depend on the file system."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error  # os.walk would pass over a folder that may not be read
+
     found = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         images = (name for name in names if Path(name).suffix.lower() in files.SUFFIXES)
         found += [str(Path(folder, name)) for name in sorted(images) if not name.startswith(".")]

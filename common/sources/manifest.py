@@ -54,6 +54,8 @@ def read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     empty."""
     try:
         found, rows = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
+    except PermissionError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: name a CSV or Parquet table of images") from None
     except (OSError, ValueError, csv.Error) as error:

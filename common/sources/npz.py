@@ -72,6 +72,8 @@ def read(path: Path, empty: bool = False) -> File:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
             arrays: dict[str, NDArray[Any]] = dict(file)
+    except PermissionError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: name an .npz file with images and labels") from None
     except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:

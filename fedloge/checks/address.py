@@ -36,16 +36,17 @@ def check_port(findings: Findings, folder: Path, plan: Deployment) -> None:
 
     process = server_process(folder / "run")
     if process is None:
-        check_free(plan.server.bind, plan.server.port)
-        findings.passed("port", f"{plan.server.port} on {plan.server.bind} is free")
+        check_free(plan.server.bind, plan.server.door)
+        findings.passed("port", f"{plan.server.door} on {plan.server.bind} is free")
         return
     doors = read_link(folder / "run")
     if doors is None:
         findings.warn("port", f"the server (pid {process}) is only starting: check again in a moment")
         return
-    if doors.fleet != plan.server.port:
+    if doors.fleet != plan.server.door:
+        key = "listen" if plan.server.listen else "port"
         raise UserError(
-            f"the server that runs (pid {process}) listens at {doors.fleet}, and server.port is {plan.server.port}: "
+            f"the server that runs (pid {process}) listens at {doors.fleet}, and server.{key} is {plan.server.door}: "
             "start it again, or put the old port back"
         )
     _check_answer(findings, folder, plan, process)
@@ -55,12 +56,12 @@ def _check_answer(findings: Findings, folder: Path, plan: Deployment, process: i
     from client.reach import diagnose
     from common.pki import HERE, server_files
 
-    said = f"the server runs (pid {process}) and listens at {plan.server.port}"
+    said = f"the server runs (pid {process}) and listens at {plan.server.door}"
     local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(plan.server.bind, plan.server.bind)
     if local not in HERE:  # its certificate does not cover an address of another kind
         findings.passed("port", said)
         return
-    found = diagnose(local, plan.server.port, server_files(folder)[0].read_bytes())
+    found = diagnose(local, plan.server.door, server_files(folder)[0].read_bytes())
     if found.step != "ok":
         raise UserError(f"{said}, but {found.text}")
     findings.passed("port", f"{said}; it answers")

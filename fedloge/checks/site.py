@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.register import now, when
 from fedloge.checks import images, machine
 from fedloge.checks.findings import Findings
-from fedloge.site import node_config
+from fedloge.site import foreign, node_config
 
 if TYPE_CHECKING:
     from client.probe import Standing
@@ -47,7 +47,7 @@ def check_site(findings: Findings, options: argparse.Namespace) -> None:
             reason = "the server is not reached" if opened else "the kit cannot be used"
             findings.skip("key", f"not shown to the server, as {reason}")
             findings.skip("clock", f"not compared with the server's, as {reason}")
-    state = findings.attempt("state", lambda: _check_state(findings, options))
+    state = findings.attempt("state", lambda: _check_state(findings, options, kit))
     if state:
         findings.attempt("disk", lambda: machine.check_room(findings, state, NEEDED, SAFE))
     findings.attempt("device", lambda: machine.check_device(findings, options.device, trains=True))
@@ -157,8 +157,10 @@ def _apart(ahead: float) -> str:
     return f"{seconds:.0f} s {way}" if seconds < 120 else f"{seconds / 60:.0f} minutes {way}"
 
 
-def _check_state(findings: Findings, options: argparse.Namespace) -> Path:
+def _check_state(findings: Findings, options: argparse.Namespace, kit: "Kit | None") -> Path:
     state = Path(str(node_config(argparse.Namespace(**{**vars(options), "kit": options.path}))["state"]))
+    if kit is not None and (objection := foreign(state, kit)):
+        raise UserError(objection)
     machine.check_writable(findings, "state", state, "name another with --state, or mend its permissions")
     if _in_use(state):
         findings.warn("state", f"{state}: a client is running on it; another one needs another kit and folder")

@@ -177,6 +177,29 @@ def test_what_a_site_says_that_cannot_be_is_left_out(
     assert "west says of its personal model 'phi+psi_k' what cannot be" in caplog.text
 
 
+def test_a_round_has_a_deadline_only_while_it_is_open(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wish = deployment(data)
+    sites = members(data, tmp_path / "sites")
+    board = Board(tmp_path / "run")
+    open_, closed = [], []
+
+    def watched(handler: Handler) -> Callable[[Order], Reply]:
+        return lambda order: (open_.append(board.status.deadline), handler(order))[1]
+
+    save = federate.checkpoint.save
+    monkeypatch.setattr(
+        federate.checkpoint, "save", lambda *given: (closed.append(board.status.deadline), save(*given))[1]
+    )
+    handlers = {name: watched(Handler(member, wish.settings())) for name, member in sites.items()}
+    federate.federate(wish, tmp_path / "run", LocalFleet(handlers), board)
+    assert open_
+    assert None not in open_
+    assert closed
+    assert set(closed) == {None}
+
+
 # --- stopped and started again ---------------------------------------------------------------------------------------
 
 

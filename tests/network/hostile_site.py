@@ -27,7 +27,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from client.fleet_api import BEAT, FleetApi, FleetError, Taken
 from common.kit import open_kit
 from common.messages import Order, Reply, class_digest
-from common.wire import CARD, JUDGE, OVER, Card, decode_order, encode_card, encode_reply
+from common.wire import CARD, JUDGE, OVER, VERSION, Card, decode_order, encode_card, encode_reply
 
 IMPOSSIBLE = {"personal": {"phi": {"top1": 7.0, "balanced": 0.5, "macro_f1": 0.5, "ece": 0.5}}}
 
@@ -117,7 +117,7 @@ class Site:
         return order
 
     def _card(self) -> Card:
-        return Card(self.kit.name, "1", class_digest(self.kit.classes), 10, "")
+        return Card(self.kit.name, VERSION, class_digest(self.kit.classes), 10, "")
 
     def _beat(self) -> None:
         while not self._done.wait(0.8 * BEAT):

@@ -7,7 +7,8 @@ from contextlib import suppress
 
 
 class Relay:
-    """Use it as a context. While it is cut it breaks every connection at once and takes no new ones."""
+    """Use it as a context. While it is cut it breaks every connection at once and takes no new ones; while it holds,
+    connections stay and nothing passes."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -15,6 +16,8 @@ class Relay:
         self.port: int = self._listener.getsockname()[1]
         self._left: int | None = None  # bytes towards the target before the cut
         self._cut = threading.Event()
+        self._held = threading.Event()
+        self._lock = threading.Lock()  # of `_left`
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
@@ -29,11 +32,17 @@ class Relay:
 
     def cut_after(self, count: int) -> None:
         """Let so many more bytes through to the target, then cut."""
-        self._left = count
+        with self._lock:
+            self._left = count
+
+    def hold(self) -> None:
+        self._held.set()
 
     def mend(self) -> None:
-        self._left = None
-        self._cut.clear()
+        with self._lock:
+            self._left = None
+            self._cut.clear()
+        self._held.clear()
 
     def _serve(self) -> None:
         selector = selectors.DefaultSelector()
@@ -48,15 +57,21 @@ class Relay:
                     one.close()
 
         while not self._done.is_set():
+            if self._held.is_set():
+                self._done.wait(0.1)
+                continue
             for key, _ in selector.select(0.1):
                 source = key.fileobj
                 assert isinstance(source, socket.socket)
                 if source is self._listener:
                     client, _ = source.accept()
-                    if self._cut.is_set():
+                    try:
+                        if self._cut.is_set():
+                            raise ConnectionRefusedError
+                        target = socket.create_connection(("127.0.0.1", self._target))
+                    except OSError:  # the target may be away
                         client.close()
                         continue
-                    target = socket.create_connection(("127.0.0.1", self._target))
                     pairs |= {client: target, target: client}
                     inward.add(client)
                     selector.register(client, selectors.EVENT_READ)
@@ -66,10 +81,11 @@ class Relay:
                     with suppress(OSError):
                         content = source.recv(2**16)
                         pairs[source].sendall(content)
-                    if source in inward and self._left is not None:
-                        self._left -= len(content)
-                        if self._left <= 0:
-                            self._cut.set()
+                    with self._lock:
+                        if source in inward and self._left is not None:
+                            self._left -= len(content)
+                            if self._left <= 0:
+                                self._cut.set()
                     if not content:
                         drop(source)
             if self._cut.is_set():

@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.date import now
 
 from client import membership
-from client.fleet_api import FleetApi
+from client.fleet_api import FleetApi, Unreachable
 from client.node import Node
 from tests.network.superlink import SiteKit
 
@@ -56,7 +56,8 @@ def die() -> NoReturn:
 
 def break_(fault: str) -> None:
     """Make the process die, or its clock wrong, at a certain point."""
-    announce, upload = FleetApi.announce, FleetApi.upload
+    announce, upload, pull = FleetApi.announce, FleetApi.upload, FleetApi.pull
+    lost: list[Any] = []
 
     def announced(api: FleetApi, reply: Any) -> Any:
         if fault == "before the announcement":
@@ -64,12 +65,20 @@ def break_(fault: str) -> None:
         announce(api, reply)
         die()
 
-    def uploaded(api: FleetApi, run_id: int, lacking: set[str], content: Any) -> None:
+    def uploaded(api: FleetApi, run_id: int, lacking: set[str], content: Any, _: Any = ()) -> None:
         upload(api, run_id, {max(lacking)}, content)
         die()
 
+    def pulled(api: FleetApi) -> Any:
+        if (order := pull(api)) is None or lost:
+            return order
+        lost.append(order)
+        raise Unreachable("the answer was lost")
+
     if fault == "in the upload":
         FleetApi.upload = uploaded  # type: ignore[method-assign]
+    elif fault == "a lost answer":
+        FleetApi.pull = pulled  # type: ignore[method-assign]
     elif fault == "clock":
         node_auth_client_interceptor.now = lambda: now() + timedelta(minutes=10)
     elif fault == "heart":

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import grpc
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
@@ -112,6 +114,7 @@ def test_messages_are_answered_in_one_process_until_it_is_over(link: SuperLink, 
         assert running.process.wait(60) == 0
     assert "GetFab" not in link.log()
     assert not list((tmp_path / "a" / "outbox").rglob("*.*"))
+    assert (tmp_path / "a" / "heard").exists()
 
 
 def test_a_site_killed_in_training_says_so_and_goes_on(link: SuperLink, tmp_path: Path) -> None:
@@ -127,6 +130,16 @@ def test_a_site_killed_in_training_says_so_and_goes_on(link: SuperLink, tmp_path
             assert (lost.error.code, lost.metadata.src_node_id) == (8, node), "the site says it, not the SuperLink"
             assert echoed(ask(grid, message(node)))
             assert link.node(kit).node_id == node
+
+
+def test_a_message_that_was_lost_on_its_way_is_given_up_at_once(link: SuperLink, tmp_path: Path) -> None:
+    kit = link.kit("p")
+    with site(kit, tmp_path / "p", "a lost answer"), link.run() as grid:
+        until(lambda: link.online(kit), "the site to be online")
+        node = link.node(kit).node_id
+        assert ask(grid, message(node)).error.code == ErrorCode.NODE_UNAVAILABLE, "long before its ttl is over"
+        until(lambda: link.online(kit), "the site to be back")
+        assert echoed(ask(grid, message(node)))
 
 
 @pytest.mark.parametrize("when", ["before the announcement", "after the announcement", "in the upload"])
@@ -236,6 +249,28 @@ def test_one_client_a_folder_and_one_a_key(link: SuperLink, tmp_path: Path, monk
         until(lambda: link.online(kit), "the site to be online")
         assert failure(kit, tmp_path / "f") == f"{tmp_path / 'f'}: another client is using this folder: stop it first"
         assert "f is online from elsewhere: another client uses this kit" in failure(kit, tmp_path / "other")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_client_that_comes_back_while_another_has_its_place(
+    link: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    """As on a machine that was moved to another one and is then started again: both know the node, and would share
+    its messages without a word."""
+    kit = link.kit(f"twin-{how}")
+    monkeypatch.setattr("client.membership.ALIVE", 1.0)
+    with site(kit, tmp_path / "old") as old:
+        until(lambda: link.online(kit), "the site to be online")
+        old.process.send_signal(how)
+        old.process.wait(30)
+    until(lambda: not link.online(kit), "the server to know that it is gone")
+    with site(kit, tmp_path / "new"):
+        until(lambda: link.online(kit), "the other one to be online")
+        if how is signal.SIGKILL:
+            heard = tmp_path / "old" / "heard"
+            assert time.time() - heard.stat().st_mtime > 19.0  # the server would have noticed no earlier
+        assert f"{kit.name} is online from elsewhere" in failure(kit, tmp_path / "old")
+        assert link.online(kit), "the one that was there stays"
 
 
 def test_a_late_reply_is_not_sent(link: SuperLink, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,28 @@ def test_a_kit_needs_an_ending_or_a_state_folder(operator: Path, capsys: pytest.
     bare = kit.rename(kit.with_name("north"))
     assert main.run(["client", str(bare), "--data", "x"]) == 2
     assert "--state" in one_line(capsys)
+
+
+def test_what_a_site_keeps_is_of_one_federation(
+    operator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kit of another one by the same name would in the end put its personal model where that of the first is."""
+    other, state, data = tmp_path / "other", tmp_path / "state", str(tmp_path / "none")
+    other.mkdir()
+    pki.init(other, "localhost", "more")
+    pki.issue(other, "north", None, replace(PLAN, config=parse({"name": "more"})))
+    first, second = (str(folder / "kits" / "north.kit") for folder in (operator, other))
+    for _ in range(2):  # the second time it is known
+        assert main.run(["client", first, "--data", data, "--state", str(state)]) == 1
+        assert "no such file or folder: name a folder" in one_line(capsys)
+    assert main.run(["client", second, "--data", data, "--state", str(state)]) == 1
+    said = f"{state}: holds what a site keeps of another federation, its personal model among it: name another folder"
+    assert one_line(capsys) == f"fedloge: {said} for more with --state\n"
+    main.run(["check", second, "--state", str(state), "--json"])
+    found = json.loads(capsys.readouterr().out)["checks"]
+    assert [line["text"] for line in found if (line["name"], line["result"]) == ("state", "FAIL")] == [
+        f"{said} for more with --state"
+    ]
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------

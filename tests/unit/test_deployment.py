@@ -53,6 +53,11 @@ def test_sites_get_what_they_train_by_and_nothing_of_the_machine(written: Path) 
     assert got.settings() == sent
 
 
+def test_the_port_that_sites_dial_and_the_one_it_listens_on() -> None:
+    assert deployment.ServerConfig(port=443).door == 443
+    assert deployment.ServerConfig(port=443, listen=9092).door == 9092
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -60,6 +65,7 @@ def test_sites_get_what_they_train_by_and_nothing_of_the_machine(written: Path) 
         ("[partition]\nclients = 3", "data are at the sites"),
         ("[server]\nport = 0", "server.port = 0"),
         ("[server]\nport = '9092'", "server.port = '9092' has the wrong type"),
+        ("[server]\nlisten = 70000", "server.listen = 70000"),
         ("[server]\nhost = 'https://x'", "server.host"),
         ("[images]\nclasses = ['a', 'a']", "every class name once"),
         ("[images]\nclasses = 'a'", "use a list"),

@@ -54,7 +54,8 @@ def test_a_round_under_way() -> None:
         "  refused     paris: absurd count (round 3)",
         "  unfit       rome: its class list is another",
         "  shut out    kiel: revoked on 2026-01-02 03:04 UTC",
-        "  accuracy    generic 61.2 % on the test set; at the sites after round 5: generic 58.4 %, personal 73.0 %",
+        "  accuracy    generic 61.2 % on the test set",
+        "              at the sites after round 5: generic 58.4 %, personal 73.0 %",
     ]
 
 
@@ -110,6 +111,12 @@ def test_phases_and_messages_are_events() -> None:
     after = replace(VIEW, status=replace(TRAINING, phase="judging", message="round 7 had no quorum"))
     assert events(VIEW, after) == ["judging the final models", "round 7 had no quorum"]
     assert events(VIEW, replace(VIEW, status=replace(TRAINING, phase="waiting"))) == []  # as between any two rounds
+
+
+def test_a_new_run_that_has_not_said_anything_yet_is_no_news_of_accuracies() -> None:
+    again = replace(VIEW, status=Status())
+    assert [line for line in events(VIEW, again) if "accuracy" in line or "at the sites" in line] == []
+    assert [line for line in events(again, VIEW) if line.startswith("at the sites after round 5")]
 
 
 def test_a_finished_round_is_one_line() -> None:

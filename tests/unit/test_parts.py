@@ -331,16 +331,3 @@ def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
 def test_own_metadata_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="digest"):
         parts.save(tmp_path / "a", {}, {"digest": "mine"})
-
-
-def test_sweep_removes_only_leftovers(tmp_path: Path, monkeypatch) -> None:
-    path, _ = sample(tmp_path)
-    (tmp_path / ".keep.tmp").touch()
-    with monkeypatch.context() as killed:
-        killed.setattr(Path, "unlink", lambda *_, **__: None)
-        killed.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            parts.save(path, {"w": torch.zeros(3)}, {})
-    assert len(files(tmp_path)) == 3
-    parts.sweep(tmp_path)
-    assert files(tmp_path) == [".keep.tmp", path.name]

@@ -2,6 +2,10 @@
 for good."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,6 +89,54 @@ def test_a_class_that_the_federation_does_not_have_is_refused_with_its_place(tmp
     with pytest.raises(UserError, match=r"a\.npz, image 1: class 'cow'"):
         site(tmp_path, numbers)
     assert not (tmp_path / "splits.json").exists()
+
+
+LOOK = """
+import sys
+from pathlib import Path
+from common.errors import UserError
+from common.holding import gather
+for place in sys.argv[1:]:
+    try:
+        gather(Path(place), ("cat", "dog", "fox"))
+        print("fine")
+    except UserError as error:
+        print(error)
+"""
+
+
+def seen_by_another(places: Sequence[Path]) -> list[str]:
+    """What somebody is told who is not above the rights of files, as root is."""
+    words = [sys.executable, "-c", LOOK, *map(str, places)]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root reads everything, and setpriv is not installed (Debian: util-linux)")
+        words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--", *words]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_what_this_user_may_not_read_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    """Above all a class whose folder is closed: it must not go missing without a word."""
+    of = {"a": "a", "b/dog": "b", "c/dog/000.png": "c", "d.npz": "d.npz", "e.csv": "e.csv", "fox.png": "f.csv"}
+    for name in ("a", "b", "c", "open"):
+        folder(tmp_path / name, {"cat": 2, "dog": 1})
+    file(tmp_path / "d.npz", [0, 1])
+    for name in ("fox", "owl"):
+        picture(tmp_path / f"{name}.png", 3)
+    (tmp_path / "e.csv").write_text("path,label\nowl.png,fox\n")
+    (tmp_path / "f.csv").write_text("path,label\nfox.png,fox\n")
+    for locked in of:
+        (tmp_path / locked).chmod(0)
+    try:
+        said = seen_by_another([tmp_path / "open", *(tmp_path / place for place in of.values())])
+    finally:
+        for locked in of:
+            (tmp_path / locked).chmod(0o700)
+    assert said == ["fine"] + [
+        f"{tmp_path / locked}: the user that runs this (number {os.geteuid()}) may not read it: "
+        "give it the right to, or run as the one who owns it"
+        for locked in of
+    ]
 
 
 def test_class_numbers_are_those_of_the_federation(tmp_path: Path) -> None:

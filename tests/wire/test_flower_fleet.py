@@ -29,6 +29,7 @@ from common.wire import (
     JUDGE,
     OVER,
     TRAIN,
+    VERSION,
     Card,
     decode_order,
     encode_card,
@@ -119,7 +120,7 @@ def server(link: SuperLink, wish: Deployment) -> Server:
 
 
 def card_of(node: Node, **more: Any) -> Card:
-    return replace(Card(node.name, "1", class_digest(CLASSES), 10, ""), **more)
+    return replace(Card(node.name, VERSION, class_digest(CLASSES), 10, ""), **more)
 
 
 def trained(node: Node, order: Order, by: float = 1.0, **more: Any) -> Reply:
@@ -210,6 +211,7 @@ BAD_CARDS: dict[str, tuple[Callable[[Node], RecordDict], str]] = {
     "negative": (lambda node: encode_card(card_of(node, examples=-1)), "examples or counts"),
     "nothing": (lambda _: RecordDict(), "holds no card"),
     "other": (lambda _: RecordDict({"card": MetricRecord({"examples": 3})}), "holds no card"),
+    "version": (lambda node: encode_card(card_of(node, version="9.9")), f"fedloge 9.9, the server {VERSION}"),
     "line": (lambda node: encode_card(card_of(node, version="1\n2")), "not printable"),
 }
 
@@ -229,7 +231,7 @@ def test_a_bad_card_is_said_once_and_asked_for_again(
     monkeypatch.setattr(flower_fleet, "AGAIN", 0.05)
     assert server.fleet.names(2, 20.0) == ["north", "west"]
     assert server.problems == {}
-    assert warnings(caplog) == [f"west: {said}"]
+    assert warnings(caplog) == [f"west cannot take part: {said}"]
 
 
 def test_a_site_that_does_not_show_its_card_is_reported_and_asked_again(
@@ -245,7 +247,7 @@ def test_a_site_that_does_not_show_its_card_is_reported_and_asked_again(
     west = server.link.join("west", doing(card=show))
     assert server.fleet.names(1, 0.0) == []
     assert server.fleet.names(1, 20.0) == ["west"]
-    assert warnings(caplog) == ["west: it cannot take part: has not answered in time"]
+    assert warnings(caplog) == ["west cannot take part: has not answered in time"]
     assert west.taken == [CARD, CARD]
 
 

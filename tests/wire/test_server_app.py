@@ -13,7 +13,7 @@ from flwr.serverapp import ServerApp
 
 from common import deployment
 from common.messages import class_digest
-from common.wire import CARD, OVER, Card, decode_order, encode_card, encode_reply
+from common.wire import CARD, OVER, VERSION, Card, decode_order, encode_card, encode_reply
 from server import app as module
 from server import checkpoint, status
 from server.flower_link import NoLink
@@ -64,7 +64,7 @@ def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SuperLink]
     def behave(node: Node, message: Message) -> None:
         member = sites[node.name]
         if message.metadata.message_type == CARD:
-            card = Card(node.name, "1", class_digest(CLASSES), member.examples, member.holds)
+            card = Card(node.name, VERSION, class_digest(CLASSES), member.examples, member.holds)
             node.reply(message, encode_card(card))
         elif message.metadata.message_type == OVER:
             member.over()

@@ -17,7 +17,7 @@ from common.messages import Order, class_digest
 from common.methods.method import ServerState
 from common.net import build
 from common.packed import fixed_digest
-from common.wire import CARD, JUDGE, OVER, TRAIN, decode_card, decode_reply, encode_order
+from common.wire import CARD, JUDGE, OVER, TRAIN, VERSION, decode_card, decode_reply, encode_ask, encode_order
 
 Config = dict[str, bool | int | float | str]
 CLASSES = ("cat", "dog")
@@ -94,6 +94,18 @@ def test_a_process_has_one_member_that_is_told_to_whoever_opened_it(config: Conf
 
 def test_counts_go_out_if_the_site_says_so(config: Config) -> None:
     assert decode_card(ask({**config, "share-counts": True}, CARD)).counts == (8, 8)
+
+
+def test_a_server_of_another_version_is_said_with_both_versions(
+    config: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(config, CARD, encode_ask())
+    assert caplog.messages == []
+    monkeypatch.setattr("common.wire.VERSION", "9.9")
+    ask(config, CARD, encode_ask())
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        f"the server runs fedloge 9.9, this site {VERSION}"
+    ]
 
 
 def missing(config: Config) -> tuple[Config, RecordDict]:

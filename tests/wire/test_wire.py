@@ -505,7 +505,7 @@ def test_a_card_arrives_as_it_was(card: wire.Card, way: Way) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"schema": 2, "name": 1}, "other version of fedloge: schema 2 instead of 1"),
+        ({"schema": 2, "name": 1}, rf"schema 2 instead of 1 \('0.1.0' instead of {wire.VERSION}\)"),
         ({"name": None}, "name is not of type str"),
         ({"name": "a\nb"}, "not printable"),
         ({"version": 1}, "version is not of type str"),
