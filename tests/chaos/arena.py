@@ -33,14 +33,22 @@ TAIL = 2_000  # characters of every log, when something waits in vain
 class Arena:
     """Use it as a context. A command is called by its site's name, or "server"."""
 
-    def __init__(self, place: Path, settings: Sequence[str]) -> None:
+    def __init__(
+        self,
+        place: Path,
+        settings: Sequence[str],
+        host: str = "localhost",
+        on: Callable[[str], Sequence[object]] = lambda _: (),
+    ) -> None:
+        """Sites dial `host`; `on` gives the words before a command that start it on its machine."""
         self.place = place
         self.federation = place / "federation"
         self.run = self.federation / "run"
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         place.mkdir()
         (place / "logs").mkdir()
-        self.names = demo.provide(config.load(demo.DEMO, settings), place)
+        self.names = demo.provide(config.load(demo.DEMO, settings), place, host)
+        self._on = on
 
     def __enter__(self) -> "Arena":
         return self
@@ -74,6 +82,12 @@ class Arena:
     def invite(self, name: str) -> None:
         pki.issue(self.federation, name, None, deployment.load(self.federation / "federation.toml"))
 
+    def move(self, folder: Path) -> None:
+        """Bring the folder of the server, which does not run, to another place. It is also found where it was."""
+        self.federation.rename(folder)
+        self.federation.symlink_to(folder)
+        self.federation, self.run = folder, folder / "run"
+
     def kill(self, name: str) -> None:
         """SIGKILL for the command's process group. What else goes with it has to go by itself."""
         os.killpg(self._pid(name), signal.SIGKILL)
@@ -82,13 +96,18 @@ class Arena:
     def kill_while(self, name: str, moment: Callable[[str], bool]) -> None:
         """SIGKILL for a site while `moment` holds of it: where it does not any more once the site is stopped, the next
         one is waited for."""
+        self.stop_while(name, moment)
+        self.kill(name)
+
+    def stop_while(self, name: str, moment: Callable[[str], bool]) -> int:
+        """SIGSTOP likewise; gives the process."""
         pid = self._pid(name)
         while True:
-            self.until(lambda: moment(name), f"the right moment to kill {name}", CLOSELY)
+            self.until(lambda: moment(name), f"the right moment to stop {name}", CLOSELY)
             os.kill(pid, signal.SIGSTOP)
             self.until(lambda: _stopped(pid), f"{name} to stop", CLOSELY)
             if moment(name):
-                return self.kill(name)
+                return pid
             os.kill(pid, signal.SIGCONT)
 
     def kill_all(self) -> None:
@@ -129,12 +148,12 @@ class Arena:
 
     def until(self, condition: Callable[[], object], what: str, tick: float = TICK) -> None:
         """Wait for that, or for the end of a command, which nobody expects now."""
+        self._wait(lambda: condition() or self.over(), what, tick)
+        assert condition(), f"{', '.join(self.over())} ended, waiting for {what}\n{self.logs()}"
 
-        def over() -> list[str]:
-            return [name for name, process in self.running.items() if process.poll() is not None]
-
-        self._wait(lambda: condition() or over(), what, tick)
-        assert condition(), f"{', '.join(over())} ended, waiting for {what}\n{self.logs()}"
+    def over(self) -> list[str]:
+        """Commands that have ended by themselves."""
+        return [name for name, process in self.running.items() if process.poll() is not None]
 
     def status(self) -> Status:
         return status.read(self.run) or Status()
@@ -194,14 +213,7 @@ class Arena:
         return pid
 
     def processes(self) -> dict[int, str]:
-        """Every process that has to do with this folder, by its command or its environment."""
-        found = {}
-        for entry in PROC.glob("[0-9]*"):
-            with suppress(OSError):
-                command = (entry / "cmdline").read_bytes()
-                if os.fsencode(self.place) in command + (entry / "environ").read_bytes():
-                    found[int(entry.name)] = command.replace(b"\0", b" ").decode()
-        return found
+        return processes(self.place)
 
     def assert_equal(self, reference: Path) -> None:
         """All bits and figures are those of the simulation in `reference`, as far as this federation went."""
@@ -220,7 +232,7 @@ class Arena:
 
     def _start(self, name: str, *words: object) -> None:
         log = self.place / "logs" / f"{name}.log"
-        command = [sys.executable, "-I", guard.__file__, log, sys.executable, "-m", "fedloge", *words]
+        command = [*self._on(name), sys.executable, "-I", guard.__file__, log, sys.executable, "-m", "fedloge", *words]
         self.running[name] = subprocess.Popen(
             [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
         )
@@ -231,15 +243,32 @@ class Arena:
             assert time.monotonic() < end, f"waited in vain for {what}\n{self.logs()}"
             time.sleep(tick)
 
-    def _pid(self, name: str) -> int:
-        """The command itself, which its guard runs."""
+    def command(self, name: str) -> int | None:
+        """The command itself, once its guard runs it."""
         guard_pid = str(self.running[name].pid)
-        return next(int(path.parent.name) for path in PROC.glob("[0-9]*/stat") if _state(path)[1] == guard_pid)
+        return next((int(path.parent.name) for path in PROC.glob("[0-9]*/stat") if _state(path)[1] == guard_pid), None)
+
+    def _pid(self, name: str) -> int:
+        self.until(lambda: self.command(name), f"{name} to run")
+        pid = self.command(name)
+        assert pid is not None
+        return pid
 
     def _under_way(self, name: str) -> bool:
         """Whether the last that a site said is that a training order is here."""
         there = (self.site(name) / "outbox" / "order").exists()
         return there and self.log(name).endswith("train message: received\n")
+
+
+def processes(place: Path) -> dict[int, str]:
+    """Every process that has to do with this folder, by its command or its environment."""
+    found = {}
+    for entry in PROC.glob("[0-9]*"):
+        with suppress(OSError):
+            command = (entry / "cmdline").read_bytes()
+            if os.fsencode(place) in command + (entry / "environ").read_bytes():
+                found[int(entry.name)] = command.replace(b"\0", b" ").decode()
+    return found
 
 
 def _round(path: Path) -> int:
