@@ -39,7 +39,8 @@ from common.kit import Kit
 log = logging.getLogger(__name__)
 
 OVER = "query.over"  # the last message (common.wire's; that one loads torch, and a killed node shall be back before)
-QUICK, IDLE = 0.2, 1.0  # seconds between two questions for a message
+SHORT, QUICK, IDLE = 0.02, 0.2, 1.0  # seconds between two questions for a message
+HASTE = 0.2  # of the time that it has not come yet: so much later than possible it is noticed, at most
 OPEN = 30.0, 3600.0  # the next message is likely within the time that the last one took to come, and within these
 FAULTS = 10  # failures of the server, not of the network, after which a message is given up
 LONGEST = 300  # characters of an error that go to the server
@@ -99,7 +100,9 @@ class Node:
             if reply is None and only_owed:
                 return
             if reply is None:
-                time.sleep(QUICK if time.monotonic() < self._open else IDLE)
+                now = time.monotonic()
+                longest = QUICK if now < self._open else IDLE
+                time.sleep(min(max(HASTE * (now - self._answered), SHORT), longest))
                 return
             self._deliver(reply)
         except Forgotten as reason:

@@ -137,7 +137,7 @@ class Post:
                 time.sleep(min(self._pause, left))
                 if self._arrivals:
                     self._arrivals[0].waited += self._pause
-                self._pause = min(2 * self._pause, LONG)
+                self._pause = min(1.25 * self._pause, LONG)  # a fifth of the time waited so far
             if self._clock() >= until:
                 return None
 

@@ -128,7 +128,7 @@ def test_sites_are_cut_off_for_a_minute_and_return(network: Network, tmp_path: P
 
         assert arena.terminate("server") == 1
         network.cables(arena.names, CLEAN)
-        arena.serve("--rounds", arena.done() + 1, *KEEP, *policy)
+        arena.serve("--rounds", arena.done() + 1, *KEEP, "--min-clients", len(arena.names))
         arena.finish()
         assert arena.rounds()[-1]["sites"] == arena.names
         assert broken(arena.place, arena.names, settings) == []
