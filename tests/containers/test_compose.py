@@ -13,7 +13,7 @@ UP = "docker compose up"
 EIGHT = "docker compose up --scale client=8"
 HEALTH = "docker compose exec -T server fedloge status /operator/federation --healthy"
 STRANGER = 4321  # a user that neither the machine nor the image knows
-LENGTH = 30  # rounds: enough for what happens meanwhile
+LENGTH = 120  # rounds: enough for what happens meanwhile
 
 
 def kill(project: Project, container: str) -> None:
@@ -43,6 +43,11 @@ def test_a_clone_comes_to_its_result_whatever_is_killed(project: Project) -> Non
         for client in clients:
             said = project.docker("exec", client, "fedloge", "status", "/tmp/site", "--healthy").stdout
             assert said.startswith("the server answered")
+        missed = project.output().count("is offline")
+        project.docker("pause", clients[1])
+        project.wait(lambda: project.output().count("is offline") > missed)
+        project.docker("unpause", clients[1])
+        project.wait_for_round(len(rounds_done(project, server)) + 2)
         kill(project, server)
         project.wait(restarted(project, server))
         assert len(rounds_done(project, server)) < LENGTH
@@ -67,7 +72,7 @@ def test_a_clone_comes_to_its_result_whatever_is_killed(project: Project) -> Non
     with project.up(UP, SET=settings) as up:
         again = project.finish(up)
         assert set(project.exit_codes().values()) == {0}
-    table = said[said.index("model     judged on") : said.index("model of all")]
+    table = said[said.index("model     judged on") : said.index("model of all")].strip()
     assert table in again
     assert "the federation of 4 sites is there already" in again
     assert (project.runs / "metrics.json").read_bytes() == before
