@@ -8,30 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
 from common import deployment, pki
 from fedloge import provision
+from tests import pictures
 from tests.containers.project import ROOT, Project, clone
 from tests.network.superlink import free_port, until
 
-CLASSES = ("owl", "crow", "jay")
 OWNER = 4321  # nobody that the image or this machine knows
 SETTINGS = {
-    "images.classes": CLASSES, "images.size": 16, "model.name": "cnn", "model.width": 8, "federation.rounds": 3,
-    "evaluation.every": 1,
+    "images.classes": pictures.CLASSES, "images.size": 16, "model.name": "cnn", "model.width": 8,
+    "federation.rounds": 3, "evaluation.every": 1,
 }  # fmt: skip
-
-
-def pictures(folder: Path) -> None:
-    rng = torch.Generator().manual_seed(1)
-    for number, name in enumerate(CLASSES):
-        (folder / name).mkdir(parents=True)
-        for i in range(10):
-            pixels = torch.randint(0, 120, (16, 16, 3), generator=rng).to(torch.uint8)
-            pixels[..., number] += 100
-            Image.fromarray(pixels.numpy()).save(folder / name / f"{i}.png")
 
 
 @pytest.fixture
@@ -49,7 +37,7 @@ def machines(images: dict[str, str], tmp_path: Path) -> Iterator[tuple[Project, 
     for folder in (kit, tmp_path / "state"):
         folder.mkdir()
     shutil.move(study / "kits" / "north.kit", kit)
-    pictures(tmp_path / "images")
+    pictures.write(tmp_path / "images")
     for path in [tmp_path, *tmp_path.rglob("*")]:
         if not path.is_relative_to(made.folder):
             os.chown(path, OWNER, OWNER)

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
+
+from tests import pictures
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "deploy.md"
-CLASSES = ("owl", "crow", "jay")
 SETTINGS = {"size": 16, "rounds": 2, "every": 1}  # what an operator would edit
 AT_SITE = ("join", "client")
 
@@ -24,16 +23,6 @@ AT_SITE = ("join", "client")
 def commands() -> list[list[str]]:
     blocks = re.findall(r"^```sh deploy\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
-
-
-def pictures(folder: Path) -> None:
-    rng = torch.Generator().manual_seed(1)
-    for number, name in enumerate(CLASSES):
-        (folder / name).mkdir(parents=True)
-        for i in range(10):
-            pixels = torch.randint(0, 120, (16, 16, 3), generator=rng).to(torch.uint8)
-            pixels[..., number] += 100
-            Image.fromarray(pixels.numpy()).save(folder / name / f"{i}.png")
 
 
 def listens(port: int) -> None:
@@ -66,7 +55,7 @@ def running() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
 def test_two_machines(tmp_path: Path, running: dict[str, "subprocess.Popen[str]"]) -> None:
     operator, site = tmp_path / "operator", tmp_path / "site"
     operator.mkdir()
-    pictures(site / "images")
+    pictures.write(site / "images")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
