@@ -9,6 +9,7 @@ import ctypes
 from contextlib import suppress
 
 KEPT = 256 << 20  # bytes: also the size from which a block has pages of its own again
+ARENAS = 2  # heaps of a process started; as many as the C library likes, eight a core, each keep what they once held
 TRIM, MMAP = -1, -3  # glibc's names for the two are M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 
 
@@ -21,4 +22,5 @@ def keep() -> None:
 
 def keeping() -> dict[str, str]:
     """The same for a process to be started, as variables of its environment."""
-    return {"MALLOC_TRIM_THRESHOLD_": str(KEPT), "MALLOC_MMAP_THRESHOLD_": str(KEPT)}
+    limits = {"MALLOC_TRIM_THRESHOLD_": KEPT, "MALLOC_MMAP_THRESHOLD_": KEPT, "MALLOC_ARENA_MAX": ARENAS}
+    return {name: str(limit) for name, limit in limits.items()}

@@ -19,8 +19,8 @@ from common.errors import UserError
 KINDS = ("resident", "stock", "floor", "resident bf16")
 RATIOS = (("stock", "resident"), ("resident", "floor"), ("resident bf16", "floor"))
 NEVER = 10**6  # rounds or seconds
-DEAD_AFTER = 5  # rounds
-WINDOW = 10  # rounds that are one figure of memory
+DEAD_AFTER = 60  # rounds: by then a SuperLink has the memory it works with
+WINDOW = 20  # rounds that are one figure of memory: it goes up and down with Python's garbage, about as often
 
 
 def overhead(models: Sequence[str], sites: int, rounds: int, blocks: int) -> dict[str, Any]:
