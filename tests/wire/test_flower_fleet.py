@@ -336,7 +336,7 @@ def test_a_site_that_failed_says_anew_what_it_holds(server: Server) -> None:
 
 
 def test_what_many_sites_get_is_uploaded_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = [server.link.join(f"site-{k}", doing()) for k in range(8)]
+    nodes = [server.link.join(f"site-{k}", doing(silent)) for k in range(8)]  # nothing of theirs is to be counted
     server.fleet.names(8, 20.0)
     uploaded: list[int] = []
     put = server.link.store.put
@@ -345,7 +345,7 @@ def test_what_many_sites_get_is_uploaded_once(server: Server, monkeypatch: pytes
     )
     order = Order(1, "m", {"backbone": {"w": torch.rand(200_000)}}, {})
     exchange = server.fleet.broadcast(order, [node.name for node in nodes], 60.0)
-    assert sum(uploaded[:10]) < 1_000_000 + 100_000  # 0.8 MB and little else, once
+    assert 800_000 < sum(uploaded) < 900_000  # the values and little else, once
     exchange.close()
 
 
