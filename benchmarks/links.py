@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.overhead.__main__ import machine
+from benchmarks.machine import machine
 from benchmarks.overhead.measure import spread
 from common import deployment, files
 from common.net import build, roles

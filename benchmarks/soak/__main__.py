@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks.soak
-from benchmarks.overhead.__main__ import machine
+from benchmarks.machine import machine
 from benchmarks.soak import plot
 from benchmarks.soak.churn import Churn
 from benchmarks.soak.watch import A_ROUND, RULES, Watch

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.overhead import measure
-from benchmarks.overhead.__main__ import TABLES
-from fedloge.bench import NAMES
+from benchmarks.overhead import measure, rounds
 from server.superlink import processes
 from tests.network.superlink import until
 
@@ -52,7 +50,7 @@ def test_figures_are_medians_over_all_blocks(monkeypatch: pytest.MonkeyPatch) ->
     assert row["tensors"] == 6
     assert row["seconds"]["stock"] == {"median": 8.0, "least": 8.0, "most": 10.0, "all": [8.0, 8.0, 8.0, 10.0]}
     assert row["ratios"] == {"stock / resident": 4.0, "resident / floor": 2.0, "resident bf16 / floor": 1.5}
-    assert "aim: at least 20" in TABLES["overhead"]({"rows": [row]})
+    assert "aim: at least 20" in rounds.table({"rows": [row]})
 
 
 def test_the_model_of_the_comparison_is_a_resnet18() -> None:
@@ -114,7 +112,3 @@ def test_nothing_outlives_a_benchmark_that_is_killed(tmp_path: Path) -> None:
 
 def test_wrong_usage_ends_with_two() -> None:
     assert bench("overhead", "--sites", 0).returncode == 2
-
-
-def test_the_command_knows_all_benchmarks() -> None:
-    assert set(NAMES) == TABLES.keys()
