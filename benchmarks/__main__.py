@@ -21,6 +21,8 @@ from common import files
 from common.errors import UserError
 
 NAMES = {
+    "step": "benchmarks.step.update",
+    "eval": "benchmarks.step.judging",
     "overhead": "benchmarks.overhead.rounds",
     "memory": "benchmarks.overhead.memory",
     "idle": "benchmarks.overhead.idle",

@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import spread
 from benchmarks.machine import machine
-from benchmarks.overhead.measure import spread
 from common import deployment, files
 from common.net import build, roles
 from tests.chaos.arena import Arena

@@ -15,14 +15,18 @@ from common.realign import masked
 class FeatureCache:
     """Features of a fixed set of images. Those of the `shared` backbone are computed once for all its heads.
 
+    In the precision the backbone is trained in; heads and what is measured are in fp32.
     Valid only while the shared backbone does not change: make a new one for every evaluation.
     """
 
-    def __init__(self, images: Images, device: torch.device, batch: int, shared: nn.Module | None) -> None:
+    def __init__(
+        self, images: Images, device: torch.device, batch: int, shared: nn.Module | None, precision: str = "fp32"
+    ) -> None:
         self.images = images
         self._device = device
         self._batch = batch
         self._shared = shared
+        self._half = precision == "bf16"
         self._place = torch.full((len(images),), -1)  # of every image: its row in `_rows`, -1 if it has none yet
         self._rows: Tensor | None = None
 
@@ -41,7 +45,8 @@ class FeatureCache:
     @torch.no_grad()
     def _compute(self, features: nn.Module, index: Tensor) -> Tensor:
         features.eval()
-        return torch.cat([features(x) for x, _ in self.images.batches(index, self._batch, self._device)])
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):  # one, as it casts weights once
+            return torch.cat([features(x).float() for x, _ in self.images.batches(index, self._batch, self._device)])
 
 
 @torch.no_grad()
@@ -53,12 +58,14 @@ def evaluate(
     support: Tensor | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Every predictor on the images of `index`; with `support`, only among the classes it names."""
+    if not len(index):
+        return {}
     y = cache.images.labels[index]
-    found = {}
+    found, rows = {}, {}
     for name, predictor in predictors.items():
-        predictor.head.eval()
-        logits = predictor.head(cache.of(predictor.features, index)).float().cpu() if len(index) else None
-        if logits is None:
-            continue
+        features = predictor.features
+        if features not in rows:
+            rows[features] = cache.of(features, index)
+        logits = predictor.head.eval()(rows[features]).cpu()
         found[name] = measure(logits if support is None else masked(logits, support.cpu()), y, by)
     return found

@@ -46,15 +46,16 @@ def measure(logits: Tensor, y: Tensor, by: Sequence[Groups]) -> dict[str, Any]:
     present = truly > 0
     recall = hits / truly.clamp_min(1)
     f1 = 2 * hits / (truly + said).clamp_min(1)
+    n, of = hits.tolist(), truly.tolist()
     return {
         "samples": len(y),
-        "top1": _share(hits.sum(), truly.sum()),
+        "top1": _share(sum(n), sum(of)),
         "balanced": float(recall[present].mean()) if present.any() else None,
         "macro_f1": float(f1[present].mean()) if present.any() else None,
         "ece": calibration_error(logits, y),
-        "per_class": [float(r) if p else None for r, p in zip(recall, present, strict=True)],
+        "per_class": [r if p else None for r, p in zip(recall.tolist(), present.tolist(), strict=True)],
         "groups": {
-            g.rule: {name: _share(hits[list(c)].sum(), truly[list(c)].sum()) for name, c in g.items()} for g in by
+            g.rule: {name: _share(sum(n[k] for k in c), sum(of[k] for k in c)) for name, c in g.items()} for g in by
         },
     }
 
@@ -93,5 +94,5 @@ def over_sites(results: Mapping[str, Mapping[str, Any]], by: Sequence[Groups]) -
     }
 
 
-def _share(part: Tensor, whole: Tensor) -> float | None:
-    return float(part / whole) if whole > 0 else None
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None

@@ -109,7 +109,8 @@ def judge(federation: Federation, method: Method, state: ServerState) -> dict[st
     net, config = federation.net, federation.task.config
     net.load(state.parts)
     backbone = models.common_backbone(net, state)
-    cache = FeatureCache(federation.test, federation.device, config.evaluation.batch, backbone)
+    batch, precision = config.evaluation.batch, config.train.precision
+    cache = FeatureCache(federation.test, federation.device, batch, backbone, precision)
     generic = evaluate(method.served(net, federation.task), cache, federation.global_index, federation.groups)
     at_sites: dict[str, dict[str, dict[str, Any]]] = {"generic": {}, "personal": {}}
     for name, participant in federation.sites.items():

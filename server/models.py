@@ -50,7 +50,7 @@ class TestSet:
     """The operator's own images, on which the generic model is judged; there may be none."""
 
     def __init__(self, deployment: Deployment) -> None:
-        self._batch = deployment.config.evaluation.batch
+        self._config = deployment.config
         self._images: Images | None = None
         if deployment.server.test:
             found, apart = gather(Path(deployment.server.test), deployment.images.classes)
@@ -61,6 +61,7 @@ class TestSet:
         if self._images is None:
             return {}
         net.load(state.parts)
-        cache = FeatureCache(self._images, device, self._batch, common_backbone(net, state))
+        batch, precision = self._config.evaluation.batch, self._config.train.precision
+        cache = FeatureCache(self._images, device, batch, common_backbone(net, state), precision)
         everything: Tensor = torch.arange(len(self._images))
         return evaluate(method.served(net, task), cache, everything, ())

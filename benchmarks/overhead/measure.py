@@ -12,6 +12,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+from benchmarks.figures import spread
 from benchmarks.overhead import floor
 from benchmarks.overhead.federation import Federation
 from common.errors import UserError
@@ -133,11 +134,6 @@ def dead(model: str, sites: int, rounds: int) -> dict[str, Any]:
 def together(sites: int) -> Mapping[str, object]:
     """Every round has all sites."""
     return {"federation.min_clients": sites, "federation.quorum": 1.0, "federation.deadline": 600.0}
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    rounded = [round(value, 4) for value in values]
-    return {"median": round(statistics.median(values), 4), "least": min(rounded), "most": max(rounded), "all": rounded}
 
 
 @contextmanager
