@@ -49,6 +49,8 @@ CPU_SCALE = (
     Row("fedetf", (1,), "fedetf"),
     Row("creff", (1,), "creff"),
 )
+# The fp32 row is cpu-scale's fedloge-norm1.
+WIRE = tuple(Row(wire, THREE, "fedloge", (f"federation.wire={wire}",)) for wire in ("bf16", "int8", "topk"))
 # How the demo's frame norm and rounds were chosen: on images put aside from every site's training set.
 DEMO_CHOICE = tuple(
     Row(f"norm{norm}-rounds{rounds}", (1,), "fedloge",
@@ -57,6 +59,7 @@ DEMO_CHOICE = tuple(
 )  # fmt: skip
 FAMILIES = {
     "cpu-scale": (HERE / "experiments" / "cpu-scale.toml", CPU_SCALE),
+    "wire": (HERE / "experiments" / "cpu-scale.toml", WIRE),
     "demo-choice": (HERE.parent / "fedloge" / "demo.toml", DEMO_CHOICE),
 }
 

@@ -61,8 +61,8 @@ def answer(message: Message, context: Context) -> Message:
         received = decode_order(message.content)
     except ValueError as error:
         raise Refusal(f"the order cannot be read ({error}): run the same version of fedloge on both sides") from None
-    reply = member.answer(received.order, received.settings, received.fixed_digest)
-    return Message(encode_reply(reply, received.dtype), reply_to=message)
+    reply = member.answer(received.order, received.settings, received.fixed_digest, received.wire)
+    return Message(encode_reply(reply, received.wire), reply_to=message)
 
 
 @app.query("card")
@@ -77,6 +77,7 @@ def show_card(message: Message, context: Context) -> Message:
         examples=member.examples,
         holds=member.holds,
         counts=member.counts,
+        reference=member.reference,
     )
     return Message(encode_card(card), reply_to=message)
 

@@ -17,12 +17,14 @@ from typing import Protocol
 import torch
 
 from client import data, personal
+from client.changes import Reference, Residual
 from client.fixed import Fixed
 from client.judge import brief, judge
 from client.participant import Participant
 from client.refusal import Refusal, told
 from client.store import Store
 from common import files
+from common.codec import PART, Wire
 from common.config import RunConfig
 from common.deployment import ImagesConfig, from_settings
 from common.errors import UserError
@@ -61,7 +63,9 @@ class _Work:
     """What follows from the server's settings."""
 
     settings: str
+    wire: Wire
     participant: Participant
+    residual: Residual
     judged_on: Images
 
 
@@ -86,6 +90,7 @@ class Member:
         self.data = data.load(place, test, ticket.classes, ticket.name, state / "splits.json")
         self._share_counts = share_counts
         self._fixed = Fixed(state / "fixed.safetensors")
+        self._reference = Reference()
         self._images: tuple[ImagesConfig, Images, Images] | None = None
         self._work: _Work | None = None
 
@@ -104,6 +109,11 @@ class Member:
         return self._fixed.digest
 
     @property
+    def reference(self) -> str:
+        """Name of the backbone at hand, from which the next may be a change."""
+        return self._reference.name
+
+    @property
     def model(self) -> Path:
         """Where the personal model is kept at the end."""
         return self.state / "models" / "personal.safetensors"
@@ -113,11 +123,15 @@ class Member:
         """The file that is there once the federation is over."""
         return self.state / "over"
 
-    def answer(self, order: Order, settings: str, fixed_digest: str) -> Reply:
-        """Train or judge as `order` asks. The reply's tensors are good until the next order. Raises only `Refusal`."""
+    def answer(self, order: Order, settings: str, fixed_digest: str, wire: Wire | None = None) -> Reply:
+        """Train or judge as `order`, which has come by `wire`, asks. The reply's tensors are good until the next order.
+        Raises only `Refusal`."""
         with told(self.state):
             began = time.monotonic()
+            order = self._reference.take(order)
             work = self._prepared(settings)
+            if wire not in (None, work.wire):
+                raise Refusal(f"the order travels as {wire}, and its settings say federation.wire = {work.wire}")
             order = replace(order, fixed=self._fixed.take(order.fixed, fixed_digest))
             reply = self._train(work, order) if order.train else self._finish(work, order)
             told_now = self._note(order, reply, time.monotonic() - began)
@@ -135,12 +149,14 @@ class Member:
         # did not count, and a site that was away goes on from the newest it has
         if len(kept) == site.store.keep and kept[0] >= order.round:  # earlier ones were there and had to make room
             log.warning("the server went back to before round %d: the parts of this site start anew", order.round)
-        site.store.rewind(order.round - 1)
+        for store in (site.store, work.residual.store):
+            store.rewind(order.round - 1)
         judged: Judgement = {}
         if order.judge:
             site.prepare({**order.shared, **order.fixed}, before=order.round)
             judged = self._judge(work, order.round - 1)
-        return replace(site.handle(order), judged=judged)  # it fills the net anew: judging leaves no trace
+        reply = replace(site.handle(order), judged=judged)  # it fills the net anew: judging leaves no trace
+        return work.residual.code(reply, order.shared.get(PART, {}))
 
     def _finish(self, work: _Work, order: Order) -> Reply:
         """Keep the personal model of the final parts and say how good both are."""
@@ -162,7 +178,9 @@ class Member:
     def _judge(self, work: _Work, round: int) -> Judgement:
         site = work.participant
         # one pass of the images for all heads on the received backbone, whose values change only after this
-        cache = FeatureCache(work.judged_on, self.device, site.task.config.evaluation.batch, site.net["backbone"])
+        config = site.task.config
+        batch, precision = config.evaluation.batch, config.train.precision
+        cache = FeatureCache(work.judged_on, self.device, batch, site.net["backbone"], precision)
         return brief(judge(site, cache, torch.arange(len(work.judged_on)), (), round))
 
     def _note(self, order: Order, reply: Reply, seconds: float) -> Told:
@@ -184,10 +202,14 @@ class Member:
             return self._work
         self._work = None  # its net and this one need not fit into memory together
         task, wish = self._agreed(settings)
+        policy = task.config.federation
         train, judged_on = self._read(wish)
         method = task.config.method
         net = build_on(self.device, method, task)
         kept = self.state / "store" / f"{method.name}-{self.ticket.fingerprint[:16]}"
+        # a site may be two rounds ahead of the checkpoints: one is written while the next round runs; and the oldest of
+        # them must still find its local parts
+        stores = [Store(folder, keep=RunConfig().keep + 2, durable=True) for folder in (kept, kept / "residual")]
         participant = Participant(
             name=self.ticket.name,
             task=task,
@@ -196,11 +218,11 @@ class Member:
             images=train,
             train_index=torch.arange(len(train)),
             counts=self.data.counts,
-            # a site may be a round ahead of the checkpoints, and the oldest of them must still find its local parts
-            store=Store(kept, keep=RunConfig().keep + 1, durable=True),
+            store=stores[0],
             device=self.device,
         )
-        self._work = _Work(settings, participant, judged_on)
+        residual = Residual(stores[1], policy.wire, policy.topk, self.ticket.fingerprint)
+        self._work = _Work(settings, policy.wire, participant, residual, judged_on)
         return self._work
 
     def _agreed(self, settings: str) -> tuple[Task, ImagesConfig]:

@@ -5,6 +5,7 @@ is run again after a crash starts from exactly what it started from the first ti
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from common import files, parts
@@ -21,10 +22,10 @@ class Store:
         self.keep = keep
         self.durable = durable  # False: survives a killed process but not a power cut; for simulations
 
-    def save(self, round: int, values: dict[str, Tensors]) -> None:
+    def save(self, round: int, values: dict[str, Tensors], about: Mapping[str, str] | None = None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         flat = {f"{part}/{name}": t for part, group in values.items() for name, t in group.items()}
-        parts.save(self._path(round), flat, {"round": str(round)}, durable=self.durable)
+        parts.save(self._path(round), flat, {**(about or {}), "round": str(round)}, durable=self.durable)
         self.rewind(round)
         for old in self.rounds()[: -self.keep]:
             self._path(old).unlink()
@@ -37,17 +38,22 @@ class Store:
 
     def load(self, before: int) -> dict[str, Tensors] | None:
         """The newest readable local parts of a round earlier than `before`; None when there are none."""
+        found = self.newest(before)
+        return found and found[0]
+
+    def newest(self, before: int) -> tuple[dict[str, Tensors], dict[str, str]] | None:
+        """Those, and what is noted with them."""
         for round in reversed([r for r in self.rounds() if r < before]):
             try:
-                flat, _ = parts.read(self._path(round))
+                flat, about = parts.read(self._path(round))
             except Corrupt as error:
-                log.warning("%s; local parts of an earlier round are used", error)
+                log.warning("%s; what is of an earlier round is used", error)
                 continue
             values: dict[str, Tensors] = {}
             for key, t in flat.items():
                 part, _, name = key.partition("/")
                 values.setdefault(part, {})[name] = t
-            return values
+            return values, about
         return None
 
     def rounds(self) -> list[int]:

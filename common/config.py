@@ -115,7 +115,7 @@ class TrainConfig:
     momentum: float = 0.5  # starts from zero every round
     weight_decay: float = 0.0  # of SGD
     clip: float = 0.0  # largest norm of each part's gradient; 0 does not clip
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: mixed precision
+    precision: Literal["fp32", "bf16", "tf32"] = "fp32"  # bf16: mixed precision; tf32: on a GPU, elsewhere as fp32
     layout: Literal["plain", "channels_last"] = "channels_last"  # memory layout; plain keeps the reference kernels
 
     def __post_init__(self) -> None:
@@ -138,7 +138,8 @@ class FederationConfig:
     deadline: float = 3600.0  # seconds after which a round is closed whatever is in
     failures: int = 3  # rounds in a row without a quorum after which the run is given up
     fold: Literal["arrival", "name"] = "arrival"  # name: the order of the sites' names, the same bits in every run
-    wire: Literal["fp32", "bf16"] = "fp32"  # how backbones travel; bf16 is half the bytes and rounds, fp32 is exact
+    wire: Literal["fp32", "bf16", "int8", "topk"] = "fp32"  # how backbones travel; only fp32 is exact (operations.md)
+    topk: float = 0.05  # share of its values that a site sends of a backbone where wire = "topk"
     max_update: float = 0.0  # largest norm of a site's change to the shared parts; 0 accepts any finite one
     max_examples: int = 10_000_000  # no site may claim to stand for more
 
@@ -151,6 +152,7 @@ class FederationConfig:
         require(self.grace >= 0, "federation.grace", self.grace, "0 or more seconds")
         require(self.deadline > 0, "federation.deadline", self.deadline, "a number of seconds above 0")
         require(self.failures >= 1, "federation.failures", self.failures, "1 or more")
+        require(0 < self.topk <= 0.5, "federation.topk", self.topk, "a number above 0, up to 0.5")
         require(self.max_update >= 0, "federation.max_update", self.max_update, "0 or more")
         require(self.max_examples >= 1, "federation.max_examples", self.max_examples, "1 or more")
 
@@ -179,12 +181,14 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     threads: int = 1  # CPU threads; one keeps a run bit-reproducible
     keep: int = 3  # checkpoints kept
+    lanes: int = 0  # sites of a simulation that train at once, the same bits for any; 0: 1 on a CPU, what fits on a GPU
 
     def __post_init__(self) -> None:
         cuda = self.device.removeprefix("cuda:")
         known = self.device in ("auto", "cpu", "cuda") or (cuda != self.device and cuda.isdigit())
         require(known, "run.device", self.device, "auto, cpu, cuda or cuda:N")
         require(1 <= self.threads <= 1024, "run.threads", self.threads, "1 to 1024")
+        require(0 <= self.lanes <= 64, "run.lanes", self.lanes, "0 to 64")
         require(self.keep >= 2, "run.keep", self.keep, "2 or more: the previous one is the way back")
 
 

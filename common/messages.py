@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from common.codec import Change
 from common.parts import Tensors
 
-SCHEMA = 1  # raised whenever the meaning of a field below changes
+SCHEMA = 2  # raised whenever the meaning of a field below changes
+
+# why a site cannot read an order whose backbone is a change; the server then sends it the whole
+LACKS = "it has not kept the model that the change is from"
 
 # what a site measured on its own test images: {"generic" or "personal": {predictor: {measure: value}}}
 Judgement: TypeAlias = dict[str, dict[str, dict[str, float | None]]]
@@ -24,6 +28,11 @@ class Order:
     fixed: dict[str, Tensors]
     train: bool = True  # False: the parts are final and `round` is the last one that was trained
     judge: bool = False  # say how good the parts are as received, before any training
+    # Where backbones travel as changes, `shared` may lack the part: it is then that of the name `base`, which the site
+    # has kept, with the change, if there is one. It is to be kept under the name `reference`.
+    changes: dict[str, Change] = field(default_factory=dict)
+    base: str = ""
+    reference: str = ""
     schema: int = SCHEMA
 
 
@@ -39,6 +48,7 @@ class Reply:
     sums: Tensors = field(default_factory=dict)  # a method's statistics; the server only ever sees their sum
     metrics: dict[str, float] = field(default_factory=dict)
     judged: Judgement = field(default_factory=dict)  # of the parts as received: empty unless asked for
+    changes: dict[str, Change] = field(default_factory=dict)  # of parts that `shared` lacks: from those of the order
     schema: int = SCHEMA
 
 

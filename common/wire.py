@@ -3,11 +3,13 @@
 A record holds one ConfigRecord, named for what it is (`order`, `reply`, `card`), and for an order or a reply one
 ArrayRecord `parts` with one flat Array per part, because Flower's cost is per object. See packed.py for what is in one.
 
-Values arrive bit for bit as they were sent. With bf16 the shared backbone, and nothing else, travels rounded to
-bfloat16 and is float32 again at both ends: methods check heads and priors against statistics, which a rounded head
-would not match. `Order.model` is therefore a name for the server's own parts, to be echoed, and no digest of what a
-site holds. What arrives is guarded by each part's checksum. That is enough beside Flower and TLS: objects are named by
-their SHA-256, which the SuperLink verifies on upload (and nobody on the way out of it).
+Values arrive bit for bit as they were sent. How the shared backbone, and nothing else, travels is the federation's
+choice, because methods check heads and priors against statistics, which a rounded head would not match: "fp32" as it
+is; "bf16" rounded to bfloat16, and float32 again at both ends; "int8" and "topk" as a change (codec.py), where both
+ends have what it is from. `Order.model` is therefore a name for the server's own parts, to be echoed, and no digest of
+what a site holds. A frame travels as the values at the places that its settings leave free. What arrives is guarded by
+each part's checksum. That is enough beside Flower and TLS: objects are named by their SHA-256, which the SuperLink
+verifies on upload (and nobody on the way out of it).
 
 What is decoded comes from the network. Anything that is not as it should be raises ValueError with one printable line.
 """
@@ -17,14 +19,19 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_head_values_from_object_content
 
-from common.messages import SCHEMA, Judgement, Order, Reply
+from common.codec import CODED, PART, WIRES, Change, Wire
+from common.config import FrameConfig
+from common.fields import end, judgement, line, metrics, take, text
+from common.messages import SCHEMA, Order, Reply
+from common.objects import flat
 from common.packed import MANIFEST, Packed, check_name, fixed_digest, shown
+from common.packed_frame import with_zeros, without_zeros
 from common.parts import Manifest, Tensors
 
 TRAIN = "train"  # types of Flower messages
@@ -35,16 +42,13 @@ OVER = "query.over"
 VERSION = importlib.metadata.version("fedloge")  # sites of another are refused
 
 RAW = "fedloge.raw"  # the `stype` of our Arrays
-ROUNDED = "shared/backbone"  # what bf16 is for
+CHANGE = "fedloge.change"  # that of a change
+ROUNDED = f"shared/{PART}"  # what bf16 is for
+FRAME = "fixed/frame"  # what is sent without its zeros
 PARTS = 16  # nothing honest comes near this and the next ones
-METRICS = 100
 CLASSES = 10**6
-JUDGED = 2**16  # characters
 SETTINGS = 2**22  # characters
 OVERHEAD = 2**19  # bytes of a reply beside its values and manifests
-
-Dtype: TypeAlias = Literal["fp32", "bf16"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Received:
     order: Order  # its fixed parts are {} when they were not sent
     settings: str
     fixed_digest: str  # of the method's fixed parts, sent or not; empty when it has none
-    dtype: Dtype  # how the reply shall travel
+    wire: Wire  # how the reply shall travel
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,14 @@ class Card:
     examples: int  # training images
     holds: str  # digest of the fixed parts it has at hand, or empty
     counts: tuple[int, ...] | None = None  # training images per class, if the site has opted in
+    reference: str = ""  # name of the backbone that it has kept, or empty
     schema: int = SCHEMA
 
 
-def encode_order(order: Order, settings: str, *, with_fixed: bool, dtype: Dtype = "fp32") -> RecordDict:
+def encode_order(
+    order: Order, settings: str, *, with_fixed: bool, wire: Wire = "fp32", frame: FrameConfig | None = None
+) -> RecordDict:
+    """`frame` says where the method's frame, if it has one, is zero."""
     parts = {f"shared/{part}": t for part, t in order.shared.items()}
     if with_fixed:
         parts |= {f"fixed/{part}": t for part, t in order.fixed.items()}
@@ -82,34 +90,42 @@ def encode_order(order: Order, settings: str, *, with_fixed: bool, dtype: Dtype 
         "judge": order.judge,
         "fixed": fixed_digest(order.fixed),
         "settings": settings,
-        "dtype": dtype,
+        "base": order.base,
+        "reference": order.reference,
     }
-    return _pack("order", about, parts, dtype)
+    if frame is not None and FRAME in parts:
+        parts[FRAME], more = without_zeros(parts[FRAME], frame)
+        about |= more
+    return _pack("order", about, parts, order.changes, wire)
 
 
 def decode_order(record: RecordDict) -> Received:
-    about, parts = _unpack(record, "order")
+    about, parts, changes = _unpack(record, "order")
+    if FRAME in parts and "places" in about:
+        parts[FRAME] = with_zeros(parts[FRAME], take(about, "places", list), take(about, "sparsity", float))
     shared, fixed = _taken(parts, "shared/"), _taken(parts, "fixed/")
-    named = _line(about, "fixed")
+    named = line(about, "fixed")
     if fixed and fixed_digest(fixed) != named:
         raise ValueError("the fixed parts do not match their digest")
-    dtype = _line(about, "dtype")
-    if dtype not in ("fp32", "bf16"):
-        raise ValueError(f"dtype is {shown(dtype)} instead of fp32 or bf16")
     order = Order(
-        round=_take(about, "round", int),
-        model=_line(about, "model"),
+        round=take(about, "round", int),
+        model=line(about, "model"),
         shared=shared,
         fixed=fixed,
-        train=_take(about, "train", bool),
-        judge=_take(about, "judge", bool),
+        train=take(about, "train", bool),
+        judge=take(about, "judge", bool),
+        changes=changes,
+        base=line(about, "base"),
+        reference=line(about, "reference"),
     )
-    received = Received(order, _text(about, "settings", SETTINGS), named, cast(Dtype, dtype))
-    _end(about, parts)
+    if order.changes and not order.base:
+        raise ValueError("it holds a change from nothing")
+    received = Received(order, text(about, "settings", SETTINGS), named, _wire(about))
+    end(about, parts)
     return received
 
 
-def encode_reply(reply: Reply, dtype: Dtype = "fp32") -> RecordDict:
+def encode_reply(reply: Reply, wire: Wire = "fp32") -> RecordDict:
     parts = {f"shared/{part}": t for part, t in reply.shared.items()}
     if reply.sums:
         parts["sums"] = reply.sums
@@ -121,23 +137,26 @@ def encode_reply(reply: Reply, dtype: Dtype = "fp32") -> RecordDict:
         "judged": json.dumps(reply.judged),
         **{f"metrics/{name}": float(value) for name, value in reply.metrics.items()},
     }
-    return _pack("reply", about, parts, dtype)
+    return _pack("reply", about, parts, reply.changes, wire)
 
 
-def decode_reply(record: RecordDict, client: str) -> Reply:
+def decode_reply(record: RecordDict, client: str, wire: Wire = "fp32") -> Reply:
     """The reply of `client`, who is known by the key it came with. What it says is for the fold to judge."""
-    about, parts = _unpack(record, "reply")
+    about, parts, changes = _unpack(record, "reply")
+    if (theirs := _wire(about)) != wire:
+        raise ValueError(f"it travels as {theirs}, and federation.wire is {wire}")
     reply = Reply(
         client=client,
-        round=_take(about, "round", int),
-        model=_line(about, "model"),
-        examples=_take(about, "examples", int),
+        round=take(about, "round", int),
+        model=line(about, "model"),
+        examples=take(about, "examples", int),
         shared=_taken(parts, "shared/"),
         sums=parts.pop("sums", {}),
-        metrics=_metrics(about),
-        judged=_judgement(_text(about, "judged", JUDGED)),
+        metrics=metrics(about),
+        judged=judgement(about),
+        changes=changes,
     )
-    _end(about, parts)
+    end(about, parts)
     return reply
 
 
@@ -149,7 +168,7 @@ def encode_ask() -> RecordDict:
 def decode_ask(record: RecordDict) -> str:
     """The version of fedloge that the server runs."""
     found = record.get("ask")
-    return _line(dict(found), "version") if isinstance(found, ConfigRecord) else "of an unknown version"
+    return line(dict(found), "version") if isinstance(found, ConfigRecord) else "of an unknown version"
 
 
 def encode_card(card: Card) -> RecordDict:
@@ -161,19 +180,20 @@ def encode_card(card: Card) -> RecordDict:
 
 def decode_card(record: RecordDict) -> Card:
     about = _about(record, "card")
-    counts = tuple(_take(about, "counts", list)) if "counts" in about else None
+    counts = tuple(take(about, "counts", list)) if "counts" in about else None
     card = Card(
-        name=_line(about, "name"),
-        version=_line(about, "version"),
-        classes=_line(about, "classes"),
-        examples=_take(about, "examples", int),
-        holds=_line(about, "holds"),
+        name=line(about, "name"),
+        version=line(about, "version"),
+        classes=line(about, "classes"),
+        examples=take(about, "examples", int),
+        holds=line(about, "holds"),
         counts=counts,
+        reference=line(about, "reference"),
     )
     many = (card.examples, *(counts or ()))
     if len(many) > CLASSES or any(type(count) is not int or count < 0 for count in many):
         raise ValueError("examples or counts are not numbers of images")
-    _end(about)
+    end(about)
     return card
 
 
@@ -210,34 +230,69 @@ def check_objects(contents: Mapping[str, bytes], limit: int) -> None:
         raise ValueError(f"its arrays would be {total} bytes, more than {limit}")
 
 
-def _pack(kind: str, about: dict[str, Any], parts: dict[str, Tensors], dtype: Dtype) -> RecordDict:
+def weight(record: RecordDict) -> int:
+    """Bytes of a message's content as it is handed to Flower."""
+    fields = (len(part.deflate()) for part in record.values() if not isinstance(part, ArrayRecord))
+    arrays = (array for part in record.values() if isinstance(part, ArrayRecord) for array in part.values())
+    return sum(fields) + sum(len(array.data) for array in arrays)
+
+
+def _pack(
+    kind: str, about: dict[str, Any], parts: dict[str, Tensors], changes: Mapping[str, Change], wire: Wire
+) -> RecordDict:
+    about["wire"] = wire
     arrays = ArrayRecord()
     for name, part in parts.items():
-        packed = Packed.of(part, rounded=dtype == "bf16" and name == ROUNDED)
+        packed = Packed.of(part, rounded=wire == "bf16" and name == ROUNDED)
         about[name] = [packed.manifest, packed.checksum]
-        arrays[name] = Array(packed.dtype, (packed.count,), RAW, packed.data)
+        arrays[name] = flat(packed.dtype, packed.count, RAW, packed.data)
+    for name, change in changes.items():
+        about[f"change/{name}"] = [change.coding, change.checksum]
+        arrays[f"change/{name}"] = flat("uint8", len(change.data), CHANGE, change.data)
     return RecordDict({kind: ConfigRecord(about), "parts": arrays})
 
 
-def _unpack(record: RecordDict, kind: str) -> tuple[dict[str, Any], dict[str, Tensors]]:
+def _unpack(record: RecordDict, kind: str) -> tuple[dict[str, Any], dict[str, Tensors], dict[str, Change]]:
     about = _about(record, kind, "parts")
     arrays = record["parts"]
     if not isinstance(arrays, ArrayRecord) or len(arrays) > PARTS:
         raise ValueError(f"parts are not an ArrayRecord of at most {PARTS}")
-    return about, {name: _part(name, array, about.pop(name, None)) for name, array in arrays.items()}
+    parts: dict[str, Tensors] = {}
+    changes: dict[str, Change] = {}
+    for name, array in arrays.items():
+        check_name(name)
+        described = about.pop(name, None)
+        if len(array.shape) != 1 or not isinstance(described, list) or [type(t) for t in described] != [str, str]:
+            raise ValueError(f"{name} is no flat array with a manifest and a checksum")
+        if name.startswith("change/"):
+            changes[name.removeprefix("change/")] = _change(name, array, *described)
+        else:
+            parts[name] = _part(name, array, *described)
+    return about, parts, changes
 
 
-def _part(name: str, array: Array, described: object) -> Tensors:
-    check_name(name)
-    flat = array.stype == RAW and len(array.shape) == 1
-    if not (flat and isinstance(described, list) and [type(text) for text in described] == [str, str]):
+def _part(name: str, array: Array, manifest: str, checksum: str) -> Tensors:
+    if array.stype != RAW:
         raise ValueError(f"{name} is no flat array with a manifest and a checksum")
-    manifest, checksum = described
     packed = Packed(manifest, array.dtype, array.shape[0], array.data, checksum)
     try:
         return packed.part(rounded=name == ROUNDED)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _change(name: str, array: Array, coding: str, checksum: str) -> Change:
+    if coding not in CODED or (array.stype, array.dtype, array.shape[0]) != (CHANGE, "uint8", len(array.data)):
+        raise ValueError(f"{name} is no change coded as {' or '.join(CODED)}")
+    check_name(checksum)
+    return Change(cast(Any, coding), array.data, checksum)
+
+
+def _wire(about: dict[str, Any]) -> Wire:
+    wire = line(about, "wire")
+    if wire not in WIRES:
+        raise ValueError(f"wire is {shown(wire)} instead of one of {', '.join(WIRES)}")
+    return cast(Wire, wire)
 
 
 def _about(record: RecordDict, kind: str, *others: str) -> dict[str, Any]:
@@ -246,7 +301,7 @@ def _about(record: RecordDict, kind: str, *others: str) -> dict[str, Any]:
     if not isinstance(found, ConfigRecord):
         raise ValueError(f"holds no {kind}")
     about: dict[str, Any] = dict(found)
-    schema = _take(about, "schema", int)
+    schema = take(about, "schema", int)
     if schema != SCHEMA:  # first, because in another version anything else may differ
         named = f" ({shown(str(about['version']))} instead of {VERSION})" if "version" in about else ""
         raise ValueError(f"other version of fedloge: schema {schema} instead of {SCHEMA}{named}")
@@ -255,61 +310,5 @@ def _about(record: RecordDict, kind: str, *others: str) -> dict[str, Any]:
     return about
 
 
-def _take(about: dict[str, Any], name: str, kind: type[T]) -> T:
-    value = about.pop(name, None)
-    if type(value) is not kind:  # not isinstance: True is no number
-        raise ValueError(f"{name} is not of type {kind.__name__}")
-    return value
-
-
-def _text(about: dict[str, Any], name: str, most: int) -> str:
-    text = _take(about, name, str)
-    if len(text) > most:
-        raise ValueError(f"{name} is longer than {most} characters")
-    return text
-
-
-def _line(about: dict[str, Any], name: str) -> str:
-    """A name or a digest."""
-    text = _take(about, name, str)
-    check_name(text)
-    return text
-
-
 def _taken(parts: dict[str, Tensors], group: str) -> dict[str, Tensors]:
     return {name.removeprefix(group): parts.pop(name) for name in sorted(parts) if name.startswith(group)}
-
-
-def _metrics(about: dict[str, Any]) -> dict[str, float]:
-    names = [name for name in about if name.startswith("metrics/")]
-    if len(names) > METRICS:
-        raise ValueError(f"{len(names)} metrics are more than {METRICS}")
-    for name in names:
-        check_name(name)
-    return {name.removeprefix("metrics/"): _take(about, name, float) for name in names}
-
-
-def _judgement(text: str) -> Judgement:
-    try:
-        judged = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("judged is not valid JSON") from None
-    tables = [table for predictors in _table(judged).values() for table in _table(predictors).values()]
-    for value in (value for table in tables for value in _table(table).values()):
-        if not (value is None or (type(value) in (int, float) and abs(value) < 2**53)):  # NaN is below nothing
-            raise ValueError("judged holds something other than numbers")
-    return cast(Judgement, judged)
-
-
-def _table(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("judged is not three tables deep")
-    for name in value:
-        check_name(name)
-    return value
-
-
-def _end(*left: Mapping[str, object]) -> None:
-    """Nobody has asked for what was not taken."""
-    for name in (name for group in left for name in group):
-        raise ValueError(f"{shown(name)} is not expected")

@@ -64,8 +64,9 @@ def serve(grid: Grid, context: Context) -> None:
         grid,
         plan.settings(),
         registry=lambda: {node: site.name for node, site in link.nodes().items() if site.name is not None},
-        dtype=plan.config.federation.wire,
+        wire=plan.config.federation.wire,
         notify=lambda sites, problems: board.show(sites=sites, bad_cards=problems),
+        count=lambda traffic: board.show(traffic=traffic),
     )
     try:
         federate(plan, run, fleet, board, farewell=fleet.over)

@@ -3,7 +3,8 @@
 A site counts from when its card is good until it goes offline or fails; its card says whether it holds the fixed
 parts, which then need not be sent. Who a site is, the registry says, by the key that the SuperLink verified; only
 where there is none, its card does. Sites that are offline are never addressed, those that still work on an order that
-has been given up only if there are too few others, and never with a third one.
+has been given up only if there are too few others, and never with a third one. A site that turns out to lack the model
+that its order is a change of gets the whole at once.
 """
 
 import logging
@@ -17,27 +18,12 @@ from typing import Any, TypeAlias
 from flwr.app import RecordDict
 from flwr.superlink.grid import GrpcGrid
 
-from common.config import RunConfig
-from common.deployment import from_settings
+from common.codec import Wire
 from common.errors import UserError
-from common.messages import Order, Reply, class_digest
-from common.net import build
-from common.packed import fixed_digest
-from common.wire import (
-    CARD,
-    JUDGE,
-    OVER,
-    TRAIN,
-    VERSION,
-    Card,
-    Dtype,
-    decode_card,
-    decode_reply,
-    encode_ask,
-    encode_order,
-    reply_bytes,
-)
+from common.messages import LACKS, Order, Reply, class_digest
+from common.wire import CARD, JUDGE, OVER, TRAIN, VERSION, Card, decode_card, encode_ask
 from server.fleet import Failure
+from server.flower_orders import Orders, Traffic
 from server.flower_post import LATE, Answer, Letter, Post
 
 log = logging.getLogger(__name__)
@@ -50,6 +36,7 @@ FRESH = 10.0  # seconds that are waited for cards that were just asked for, thou
 CARD_BYTES = 16 << 20  # one with the counts of very many classes
 FAREWELL = 15.0  # seconds the sites have to hear that it is over
 LONGEST = 30 * 86400.0  # seconds a message may live
+GONE = "went offline before the order was sent"
 OWED = 2  # orders given up that a site may have left to answer
 
 Names: TypeAlias = Callable[[], dict[int, str]]
@@ -65,6 +52,7 @@ class _Node:
     since: float  # seconds since 1970
     card: Card | None = None
     problem: str = ""  # with its card
+    forgets: bool = False  # it has lost a model that it had: it gets the whole from then on
     asked: float = -math.inf  # when its card was asked for last
     asking: Letter | None = None
 
@@ -75,23 +63,20 @@ class _Node:
 
 class FlowerFleet:
     """`registry` gives the names of nodes; None takes those of the cards. `notify` is told of sites (as in
-    status.json) and of cards that are not good, whenever either changes."""
+    status.json) and of cards that are not good, whenever either changes; `count` of the bytes of a round."""
 
     def __init__(
         self,
         grid: GrpcGrid,
         settings: str,
         registry: Names | None = None,
-        dtype: Dtype = "fp32",
+        wire: Wire = "fp32",
         notify: Notify = lambda *_: None,
+        count: Callable[[Traffic], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        deployment = from_settings(settings, RunConfig())
-        method, task = deployment.config.method, deployment.task
-        self._statistics = method.statistics(build(method, task))
-        self._classes = class_digest(task.classes)
-        self._settings = settings
-        self._dtype: Dtype = dtype
+        self._orders = Orders(settings, wire, count)
+        self._classes = class_digest(self._orders.classes)
         self._registry = registry
         self._notify = notify
         self._clock = clock
@@ -121,21 +106,19 @@ class FlowerFleet:
     def broadcast(self, order: Order, names: Sequence[str], deadline: float) -> "FlowerExchange":
         self._watch()
         there = {node.name: node for node in self._nodes.values() if node.card is not None}
-        wanted = [there[name] for name in names if name in there]
-        needed = fixed_digest(order.fixed)
-        lacking = {node.id for node in wanted if needed and node.card is not None and node.card.holds != needed}
-        contents: dict[bool, RecordDict] = {}  # one for all sites that need the same
-        for lacks in {node.id in lacking for node in wanted}:
-            contents[lacks] = encode_order(order, self._settings, with_fixed=lacks, dtype=self._dtype)
-        letters = self._post.send(
-            {node.id: contents[node.id in lacking] for node in wanted},
-            {node.id: node.name for node in wanted},
-            TRAIN if order.train else JUDGE,
-            min(deadline, LONGEST),
-            reply_bytes(order, self._statistics),
-        )
-        sent = {letter.name for letter in letters}
-        return FlowerExchange(self, needed, letters, [name for name in names if name not in sent])
+        gone = [Failure(name, GONE) for name in names if name not in there]
+        exchange = FlowerExchange(self, order, gone, self._clock() + deadline)
+        exchange.send([there[name] for name in names if name in there])
+        return exchange
+
+    def send(self, order: Order, nodes: Sequence[_Node], closes: float) -> list[Letter]:
+        """The order to each of `nodes` that is there, as it can read it."""
+        contents = self._orders.encoded(order, {node.id: node.card for node in nodes if node.card is not None})
+        names = {node.id: node.name for node in nodes}
+        kind, ttl = TRAIN if order.train else JUDGE, min(max(closes - self._clock(), 1.0), LONGEST)
+        letters = self._post.send(contents, names, kind, ttl, self._orders.largest(order))
+        self._orders.note("down", order, {letter.name: contents[letter.node] for letter in letters})
+        return letters
 
     def over(self) -> None:
         """Tell every site that it is over, and wait a little until they have heard it."""
@@ -172,19 +155,25 @@ class FlowerFleet:
             if self._clock() >= until:
                 return None
 
-    def read(self, answer: Answer, fixed: str) -> Reply | Failure:
-        """The reply to an order that came with, or without need of, the fixed parts of that digest."""
+    def read(self, answer: Answer, order: Order) -> Reply | Failure | _Node:
+        """The reply to `order`, or the site that needs the order again with the whole model."""
         letter, node = answer.letter, self._nodes.get(answer.letter.node)
+        card = None if node is None else node.card
         if answer.content is None:
+            if node is not None and card is not None and answer.error == LACKS and not node.forgets:
+                node.card, node.forgets = replace(card, reference=""), True
+                return node
             if node is not None:  # whatever it was: the site says anew how it is before it gets another order
                 node.card, node.asked = None, -math.inf
             return Failure(letter.name, answer.error)
+        self._orders.note("up", order, {letter.name: answer.content})
         try:
-            reply = decode_reply(answer.content, letter.name)
+            reply = self._orders.read(answer.content, letter.name, order)
         except ValueError as error:
             return Failure(letter.name, f"its reply is not one: {error}")
-        if node is not None and node.card is not None:
-            node.card = replace(node.card, holds=fixed)
+        if node is not None and card is not None:
+            after = self._orders.after(card, order)
+            node.card = replace(after, reference="") if node.forgets else after
         return reply
 
     def drop(self, letters: Iterable[Letter]) -> None:
@@ -298,11 +287,18 @@ class FlowerFleet:
 
 
 class FlowerExchange:
-    def __init__(self, fleet: FlowerFleet, fixed: str, letters: list[Letter], gone: list[str]) -> None:
+    def __init__(self, fleet: FlowerFleet, order: Order, gone: list[Failure], closes: float) -> None:
         self._fleet = fleet
-        self._fixed = fixed
-        self._letters = {letter.id: letter for letter in letters}
-        self._failed = deque(Failure(name, "went offline before the order was sent") for name in gone)
+        self._order = order
+        self._closes = closes
+        self._letters: dict[str, Letter] = {}
+        self._failed = deque(gone)
+
+    def send(self, nodes: Sequence[_Node]) -> None:
+        letters = self._fleet.send(self._order, nodes, self._closes)
+        self._letters |= {letter.id: letter for letter in letters}
+        sent = {letter.node for letter in letters}
+        self._failed.extend(Failure(node.name, GONE) for node in nodes if node.id not in sent)
 
     def next(self, timeout: float) -> Reply | Failure | None:
         if self._failed:
@@ -311,7 +307,11 @@ class FlowerExchange:
         if answer is None:
             return None
         del self._letters[answer.letter.id]
-        return self._fleet.read(answer, self._fixed)
+        found = self._fleet.read(answer, self._order)
+        if isinstance(found, _Node):
+            self.send([found])
+            return None
+        return found
 
     def close(self) -> None:
         self._fleet.drop(self._letters.values())

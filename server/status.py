@@ -39,6 +39,7 @@ class Status:
     generic_local: float | None = None  # of the same model, as the mean over the sites' own test sets
     personal: float | None = None  # of the personal models, likewise
     judged_round: int = 0  # of the last two; 0 when there is none yet
+    traffic: dict[str, dict[str, int]] = field(default_factory=dict)  # site -> bytes of this round: down, up
     round_began: float | None = None
     deadline: float | None = None  # when the open round is closed at the latest
     left: float | None = None  # seconds the remaining rounds will take if they go on like the last ones

@@ -44,6 +44,7 @@ from common.packed import fixed_digest
 from common.parts import Tensors
 from common.wire import JUDGE, TRAIN, decode_reply, encode_order
 from server import checkpoint, run_folder
+from server.broadcast import opened
 from server.federate import FIGURES, federate, over_sites
 from server.flower_fleet import POLL, FlowerFleet
 from server.flower_objects import reason
@@ -180,7 +181,8 @@ class FedLoGe(Strategy):
         fleet = FlowerFleet(
             grid,
             plan.settings(),
-            dtype=policy.wire,
+            wire=policy.wire,
+            count=lambda traffic: board.show(traffic=traffic),
             notify=lambda sites, problems: board.show(sites=sites, bad_cards=problems),
         )
         self.summary()
@@ -212,7 +214,9 @@ class FedLoGe(Strategy):
         policy = self.plan.config.federation
         lacking = {node for node in nodes if needed and self._holding.get(node) != needed}
         contents: dict[bool, RecordDict] = {
-            lacks: encode_order(order, self.plan.settings(), with_fixed=lacks, dtype=policy.wire)
+            lacks: encode_order(
+                order, self.plan.settings(), with_fixed=lacks, wire=policy.wire, frame=self.plan.config.frame
+            )
             for lacks in {node in lacking for node in nodes}
         }
         kind = TRAIN if order.train else JUDGE
@@ -222,6 +226,7 @@ class FedLoGe(Strategy):
 
     def _good(self, order: Order, replies: Iterable[Message]) -> Iterable[Reply]:
         """The replies that can be read; of others is said whose they are and what is wrong."""
+        wire = self.plan.config.federation.wire
         asked = {sent.message_id: sent.dst_node_id for sent in self._asked}
         for message in replies:
             # an error that the SuperLink has made up itself bears its own id
@@ -232,7 +237,7 @@ class FedLoGe(Strategy):
                 log.warning("round %d: node %d failed: %s", order.round, node, said)
                 continue
             try:
-                reply = decode_reply(message.content, f"node {node}")
+                reply = opened(decode_reply(message.content, f"node {node}", wire), order, wire)
             except ValueError as error:
                 log.warning("round %d: the reply of node %d is not one: %s", order.round, node, error)
                 continue

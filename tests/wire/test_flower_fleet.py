@@ -131,7 +131,7 @@ def trained(node: Node, order: Order, by: float = 1.0, **more: Any) -> Reply:
 def honest(by: float = 1.0) -> Act:
     def act(node: Node, message: Message) -> None:
         received = decode_order(message.content)
-        node.reply(message, encode_reply(trained(node, received.order, by), received.dtype))
+        node.reply(message, encode_reply(trained(node, received.order, by), received.wire))
 
     return act
 
@@ -364,7 +364,7 @@ def test_a_round_folds_what_the_sites_answer_and_leaves_nothing_at_the_superlink
 
 
 def test_rounded_backbones_go_both_ways(link: SuperLink, wish: Deployment) -> None:
-    server = serve(link, wish, dtype="bf16")
+    server = serve(link, wish, wire="bf16")
     began = server.state
     link.join("north", doing(honest(1.0)))
     server.round(min_clients=1)
@@ -526,7 +526,7 @@ def own(node: Node, message: Message) -> Message:
     """A reply that shares no object with those of others."""
     received = decode_order(message.content)
     reply = trained(node, received.order, float(ord(node.name[0])))
-    return Message(encode_reply(reply, received.dtype), reply_to=message)
+    return Message(encode_reply(reply, received.wire), reply_to=message)
 
 
 def noticed(node: Node) -> None:
@@ -736,7 +736,7 @@ WRONG_REPLIES: dict[str, tuple[Callable[[Reply], Reply], str]] = {
 def mutated(make: Callable[[Reply], Reply]) -> Act:
     def act(node: Node, message: Message) -> None:
         received = decode_order(message.content)
-        node.reply(message, encode_reply(make(trained(node, received.order, 1e3)), received.dtype))
+        node.reply(message, encode_reply(make(trained(node, received.order, 1e3)), received.wire))
 
     return act
 
@@ -746,7 +746,7 @@ def lying(change: Callable[[RecordDict], None]) -> Act:
 
     def act(node: Node, message: Message) -> None:
         received = decode_order(message.content)
-        record = encode_reply(trained(node, received.order, 1e3), received.dtype)
+        record = encode_reply(trained(node, received.order, 1e3), received.wire)
         change(record)
         node.reply(message, record)
 
@@ -799,7 +799,7 @@ def objects(change: Callable[[Message, dict[str, bytes]], dict[str, bytes]], kee
 
     def act(node: Node, message: Message) -> None:
         received = decode_order(message.content)
-        reply = Message(encode_reply(trained(node, received.order, 1e3), received.dtype), reply_to=message)
+        reply = Message(encode_reply(trained(node, received.order, 1e3), received.wire), reply_to=message)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         contents = {name: part.deflate() for name, part in get_all_nested_objects(reply).items()}
         changed = change(reply, dict(contents))
@@ -942,7 +942,7 @@ def test_a_replayed_reply_is_refused(server: Server, caplog: pytest.LogCaptureFi
 
     def recording(node: Node, message: Message) -> None:
         received = decode_order(message.content)
-        kept.append(encode_reply(trained(node, received.order), received.dtype))
+        kept.append(encode_reply(trained(node, received.order), received.wire))
         node.reply(message, kept[0])
 
     began = server.state

@@ -71,7 +71,7 @@ def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SuperLink]
             node.reply(message, RecordDict())
         else:
             got = decode_order(message.content)
-            node.reply(message, encode_reply(member.answer(got.order, got.settings, got.fixed_digest), got.dtype))
+            node.reply(message, encode_reply(member.answer(got.order, got.settings, got.fixed_digest), got.wire))
 
     for name in NAMES:
         made.join(name, behave)

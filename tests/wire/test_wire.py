@@ -104,7 +104,7 @@ Way = Callable[[RecordDict], RecordDict]
 @given(ORDERS, WAYS, st.booleans(), st.sampled_from(["", '{"a": "\x7f"}']))
 def test_an_order_arrives_bit_for_bit(order: Order, way: Way, with_fixed: bool, text: str) -> None:
     got = wire.decode_order(way(wire.encode_order(order, text, with_fixed=with_fixed)))
-    assert (got.settings, got.dtype) == (text, "fp32")
+    assert (got.settings, got.wire) == (text, "fp32")
     assert got.fixed_digest == fixed_digest(order.fixed)
     assert (got.fixed_digest == "") == (order.fixed == {})
     assert alike(got.order.shared, order.shared)
@@ -127,13 +127,13 @@ def test_bf16_rounds_the_backbone_and_nothing_else(parts: dict[str, Tensors], ba
     shared = {**parts, "backbone": backbone}
     rounded = {name: t.to(torch.bfloat16).to(torch.float32) for name, t in backbone.items()}
     order = Order(1, DIGEST, shared, {"backbone": backbone})
-    got = wire.decode_order(way(wire.encode_order(order, "", with_fixed=True, dtype="bf16")))
-    assert got.dtype == "bf16"
+    got = wire.decode_order(way(wire.encode_order(order, "", with_fixed=True, wire="bf16")))
+    assert got.wire == "bf16"
     assert got.order.model == DIGEST
     assert alike(got.order.shared, {**shared, "backbone": rounded})
     assert alike(got.order.fixed, order.fixed)
     reply = Reply("north", 1, DIGEST, 1, shared, sums=backbone)
-    back = wire.decode_reply(way(wire.encode_reply(reply, "bf16")), "north")
+    back = wire.decode_reply(way(wire.encode_reply(reply, "bf16")), "north", "bf16")
     assert alike(back.shared, {**shared, "backbone": rounded})
     assert same(back.sums, backbone)
 
@@ -142,7 +142,7 @@ def test_bf16_rounds_the_backbone_and_nothing_else(parts: dict[str, Tensors], ba
 @given(groups([torch.float64, torch.float16, torch.bfloat16]))
 def test_bf16_leaves_other_dtypes_as_they_are(backbone: Tensors) -> None:
     reply = Reply("north", 1, DIGEST, 1, {"backbone": backbone})
-    assert alike(wire.decode_reply(wire.encode_reply(reply, "bf16"), "north").shared, reply.shared)
+    assert alike(wire.decode_reply(wire.encode_reply(reply, "bf16"), "north", "bf16").shared, reply.shared)
 
 
 def test_bf16_halves_the_bytes() -> None:
@@ -205,7 +205,7 @@ def test_the_number_of_objects_does_not_depend_on_the_number_of_tensors() -> Non
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_an_honest_reply_weighs_no_more_than_reply_bytes(dtype: wire.Dtype) -> None:
+def test_an_honest_reply_weighs_no_more_than_reply_bytes(dtype: wire.Wire) -> None:
     order = Order(1, DIGEST, resnet(), {})
     judged = {kind: {f"{i}": {"top1": 1 / 3} for i in range(100)} for kind in ("generic", "personal")}
     sums = {"n": torch.randn(10), "weight": torch.randn(10, 512)}
@@ -464,7 +464,7 @@ ORDER = Order(3, DIGEST, GOOD.shared, {"frame": {"W": torch.randn(3, 2)}}, judge
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"schema": 2}, "other version of fedloge: schema 2 instead of 1"),
+        ({"schema": 1}, f"other version of fedloge: schema 1 instead of {SCHEMA}"),
         ({"schema": None}, "schema is not"),
         ({"train": 1}, "train is not of type bool"),
         ({"judge": None}, "judge is not of type bool"),
@@ -472,8 +472,10 @@ ORDER = Order(3, DIGEST, GOOD.shared, {"frame": {"W": torch.randn(3, 2)}}, judge
         ({"model": b"3"}, "model is not of type str"),
         ({"settings": None}, "settings is not of type str"),
         ({"settings": "a" * (2**22 + 1)}, "settings is longer"),
-        ({"dtype": "fp8"}, "dtype is 'fp8' instead of fp32 or bf16"),
-        ({"dtype": None}, "dtype is not of type str"),
+        ({"wire": "fp8"}, "wire is 'fp8' instead of one of fp32, bf16, int8, topk"),
+        ({"wire": None}, "wire is not of type str"),
+        ({"base": None}, "base is not of type str"),
+        ({"reference": "\x1b"}, "not printable"),
         ({"fixed": ""}, "fixed parts do not match"),
         ({"fixed": DIGEST}, "fixed parts do not match"),
         ({"more": 1}, "'more' is not expected"),
@@ -505,7 +507,7 @@ def test_a_card_arrives_as_it_was(card: wire.Card, way: Way) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"schema": 2, "name": 1}, rf"schema 2 instead of 1 \('0.1.0' instead of {wire.VERSION}\)"),
+        ({"schema": 1, "name": 1}, rf"schema 1 instead of {SCHEMA} \('0.1.0' instead of {wire.VERSION}\)"),
         ({"name": None}, "name is not of type str"),
         ({"name": "a\nb"}, "not printable"),
         ({"version": 1}, "version is not of type str"),
@@ -582,12 +584,12 @@ def test_objects_of_random_bytes_are_refused_or_pass(data: st.DataObject) -> Non
 # ---- a federation over it ----
 
 
-def over_the_wire(federation: Tiny, dtype: wire.Dtype) -> list[rounds.RoundReport]:
+def over_the_wire(federation: Tiny, way: wire.Wire) -> list[rounds.RoundReport]:
     def handler(name: str) -> Callable[[Order], Reply]:
         def handle(order: Order) -> Reply:
-            received = wire.decode_order(by_objects(wire.encode_order(order, "{}", with_fixed=True, dtype=dtype)))
+            received = wire.decode_order(by_objects(wire.encode_order(order, "{}", with_fixed=True, wire=way)))
             reply = federation.sites[name].handle(received.order)
-            return wire.decode_reply(by_objects(wire.encode_reply(reply, received.dtype)), name)
+            return wire.decode_reply(by_objects(wire.encode_reply(reply, received.wire)), name, way)
 
         return handle
 
