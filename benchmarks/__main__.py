@@ -27,6 +27,7 @@ NAMES = {
     "memory": "benchmarks.overhead.memory",
     "idle": "benchmarks.overhead.idle",
     "dead": "benchmarks.overhead.dead",
+    "frame": "benchmarks.frame_bench",
 }
 WIDTH = 79
 
