@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from fedloge.table import percent
+from fedloge.table import megabytes, percent
 from server.status import Status
 
 SHOWN = 6  # names of sites in a list; of more the number is given
@@ -56,6 +56,8 @@ def table(view: View, now: float) -> list[str]:
     row("sites", online if view.running else f"{len(view.sites)} registered: {names(view.sites)}")
     if view.running and status.phase in ("training", "judging"):
         row("replies", _replies(status, now))
+    if status.traffic:
+        row("bytes", ", ".join(f"{_mean(status, way)} {way}" for way in ("down", "up")) + " a site in this round")
     for name, reason in list(status.refused.items())[:SHOWN]:
         row("refused", f"{name}: {reason}")
     for name, latest in list(status.quarantined.items())[:SHOWN]:
@@ -171,6 +173,12 @@ def _replies(status: Status, now: float) -> str:
         if status.deadline and status.deadline > now:
             text += f" (for {duration(status.deadline - now)} at most)"
     return text
+
+
+def _mean(status: Status, way: str) -> str:
+    """Over the sites that have sent or got anything yet."""
+    sizes = [both[way] for both in status.traffic.values() if both.get(way)]
+    return megabytes(sum(sizes) / max(len(sizes), 1))
 
 
 def _accuracies(status: Status) -> list[str]:

@@ -23,6 +23,10 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:.{1 if count >= 1e7 else 2}f} MB"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

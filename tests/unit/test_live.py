@@ -26,6 +26,7 @@ TRAINING = Status(
     generic_local=0.584,
     personal=0.73,
     judged_round=5,
+    traffic={"oslo": {"down": 45_000_000, "up": 0}, "paris": {"down": 11_400_000, "up": 1_234_000}},
     deadline=NOW + 250,
     left=700.0,
 )
@@ -50,6 +51,7 @@ def test_a_round_under_way() -> None:
         "lungs  fl.example.org:9092  training, round 7 of 20, about 12 min left",
         "  sites       4 of 5 online; absent: lyon",
         "  replies     2 in, 1 awaited: berlin (for 4 min at most)",
+        "  bytes       28.2 MB down, 1.23 MB up a site in this round",
         "  refused     oslo: values that are not finite",
         "  refused     paris: absurd count (round 3)",
         "  unfit       rome: its class list is another",
