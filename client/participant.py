@@ -1,5 +1,6 @@
 """A site taking part: it answers orders with its own data and keeps its local parts in its own store."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,8 @@ class Participant:
         shared, _, local = roles(self.method, self.net)
         site = self.site(order.round)
         # dropout and the like draw from torch's global generator: give them this round's own stream
-        with isolated(self.task.config.seed, "layers", order.round, self.name):
+        own = isolated(self.task.config.seed, "layers", order.round, self.name)
+        with own if self.net.draws else nullcontext():
             metrics = train(self.net, self.method, site)
         sums = self.method.extra(self.net, site)
         mine = self.net.parts()

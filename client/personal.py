@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from client.participant import Participant
-from client.train import run_phase
 from common import parts
+from common.engine import run_phase
 from common.errors import UserError
 from common.methods.method import Predictor
 from common.net import roles

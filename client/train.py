@@ -1,13 +1,13 @@
 """One local round: the method's phases on the site's data."""
 
 import math
-from functools import partial
 
 import torch
 
-from common.methods.method import Method, Phase, Site
+from common.engine import run_phase
+from common.methods.method import Method, Site
 from common.net import Net
-from common.sgd import Diverged, fit
+from common.sgd import Diverged
 
 
 def train(net: Net, method: Method, site: Site) -> dict[str, float]:
@@ -22,11 +22,3 @@ def train(net: Net, method: Method, site: Site) -> dict[str, float]:
     if not math.isfinite(norm):  # the last step has no loss after it
         raise Diverged(f"training diverged (the norm of all the net's values is {norm}): use a smaller train.lr")
     return losses
-
-
-def run_phase(net: Net, phase: Phase, site: Site, number: int) -> float:
-    """Train the parts the phase lists. Everything else is frozen, statistics included."""
-    net.train_only(phase.train)
-    groups = [list(net[part].parameters()) for part in phase.train]
-    passes = (site.batches(number, epoch) for epoch in range(phase.epochs))
-    return fit(groups, passes, partial(phase.loss, net), site.task.config.train, site.device)

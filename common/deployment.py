@@ -110,6 +110,7 @@ def _parse(table: Mapping[str, Any]) -> Deployment:
     parts = {key: build(kind, section(table.get(key, {}), key), f"{key}.") for key, kind in _OWN.items()}
     config = parse({key: value for key, value in table.items() if key not in _OWN})
     require(config.evaluation.on == "test", "evaluation.on", config.evaluation.on, "test: sites put nothing else aside")
+    require(config.run.lanes == 0, "run.lanes", config.run.lanes, "0: every site trains on its own machine")
     return Deployment(config, **parts)
 
 

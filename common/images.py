@@ -8,6 +8,8 @@ Normalisation is a constant of the data source, never computed from a site's own
 server must see an image alike.
 """
 
+import logging
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.nn.functional import pad as pad_with
+
+log = logging.getLogger(__name__)
 
 Augment = Literal["none", "crop-flip", "crop"]
 
@@ -59,7 +63,7 @@ class PixelImages:
 
     `crop` pads every side with black, an eighth of the image (4 pixels at 32, 1 at 8), and cuts an image out
     at random; `crop-flip` also mirrors half of them. Values are those of torchvision's ToTensor and
-    Normalize, bit for bit. Pixels are copied to a device once and stay there.
+    Normalize, bit for bit. Pixels are copied to a device once and stay there, for all who train on it.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class PixelImages:
         self.mean, self.std, self.augment = tuple(mean), tuple(std), augment
         self.pad = max(1, self.side // 8)
         self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._placing = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,6 +115,14 @@ class PixelImages:
     def batches(
         self, index: Tensor, size: int, device: torch.device, rng: torch.Generator | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in self.chunks(index, size, device, rng):
+            for start in range(0, len(x), size):
+                yield x[start : start + size], y[start : start + size]
+
+    def chunks(
+        self, index: Tensor, size: int, device: torch.device, rng: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same pass, as many whole batches at a time as there is room for."""
         codes = None
         if rng is not None:
             index = index[torch.randperm(len(index), generator=rng)]
@@ -117,24 +130,44 @@ class PixelImages:
                 codes = torch.randint(windows(self.pad, self.augment), (len(index),), generator=rng).to(device)
         pixels, mean, std = self._to(device)
         y = self.labels[index].to(device)
-        index = index.to(device)
-        # As many images at a time as stay in a core's cache, or keep a GPU busy; always whole batches.
-        budget = 1 << (25 if device.type == "cuda" else 20)
-        step = size * max(1, budget // (pixels[0].numel() * size)) if len(pixels) else size
+        index = index.to(pixels.device)
+        step = self.room(size, device)
         for start in range(0, len(index), step):
-            chunk = pixels[index[start : start + step]]
+            chunk = pixels[index[start : start + step]].to(device)
             if codes is not None:
                 chunk = crop(chunk, self.pad, codes[start : start + step])
-            x = normalise(chunk, mean, std)
-            for a in range(0, len(x), size):
-                yield x[a : a + size], y[start + a : start + a + size]
+            yield normalise(chunk, mean, std), y[start : start + step]
+
+    def room(self, size: int, device: torch.device) -> int:
+        """Images made at a time: as many as stay in a core's cache, or keep a GPU busy; always whole batches."""
+        budget = 1 << (23 if device.type == "cuda" else 20)
+        return size * max(1, budget // (self.side**2 * self.channels * size))
+
+    def stay_home(self, device: torch.device) -> bool:
+        """Take the pixels out of a device whose memory is full: from then on each chunk is sent to it. False where
+        they are not in it."""
+        with self._placing:
+            pixels, mean, std = self._on.get(device, (self.pixels, None, None))
+            if mean is None or std is None or pixels.device.type == "cpu":
+                return False
+            self._on[device] = self._at_home(), mean, std
+            return True
 
     def _to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels, mean and std where they are needed."""
-        if device not in self._on:
-            mean, std = spread(self.mean, self.side), spread(self.std, self.side)
-            self._on[device] = self.pixels.to(device), mean.to(device), std.to(device)
-        return self._on[device]
+        with self._placing:
+            if device not in self._on:
+                mean, std = (spread(values, self.side).to(device) for values in (self.mean, self.std))
+                try:
+                    pixels = self.pixels.to(device)
+                except torch.OutOfMemoryError:
+                    log.warning("%d images do not fit into the memory of %s: they stay outside", len(self), device)
+                    pixels = self._at_home()
+                self._on[device] = pixels, mean, std
+            return self._on[device]
+
+    def _at_home(self) -> Tensor:
+        return self.pixels.pin_memory() if torch.cuda.is_available() else self.pixels
 
 
 def spread(values: Sequence[float], side: int) -> Tensor:

@@ -6,8 +6,10 @@ does not care what is inside. With BatchNorm kept at the site, the tensors of th
 form a part of their own, `norms`, which no method shares.
 """
 
+import copy
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +50,8 @@ class Net(nn.Module):
         super().__init__()
         self.by_part = nn.ModuleDict(modules)
         self._norms = models.norm_names(modules["backbone"]) if norms_apart else frozenset()
+        self.draws = True  # whether its layers may draw random numbers while they train
+        self.engine: object = None  # what a GPU has recorded of its training (common/engine.py)
 
     def __getitem__(self, part: str) -> nn.Module:
         return self.by_part[part]
@@ -101,7 +105,19 @@ def build(method: "Method", task: Task) -> Net:
 def build_on(device: torch.device, method: "Method", task: Task) -> Net:
     """The net where it is trained, in the memory layout that the settings ask for."""
     net = build(method, task).to(device)
+    net.draws = _draws(net["backbone"], task, device)
     return net.to(memory_format=torch.channels_last) if task.config.train.layout == "channels_last" else net
+
+
+@torch.no_grad()
+def _draws(backbone: nn.Module, task: Task, device: torch.device) -> bool:
+    """Whether training it draws from torch's global generator, as dropout does."""
+    backbone = copy.deepcopy(backbone).train()
+    state = partial(torch.cuda.get_rng_state, device) if device.type == "cuda" else torch.get_rng_state
+    with isolated(task.config.seed, "draws"):
+        before = state()
+        backbone(torch.zeros(2, task.channels, task.side, task.side, device=device))
+        return not torch.equal(state(), before)
 
 
 def fresh(method: "Method", task: Task, net: Net, parts: Iterable[str], client: str) -> dict[str, Tensors]:

@@ -6,10 +6,13 @@ numbers bit for bit.
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_alone = threading.RLock()
 
 
 def derive(seed: int, *keys: str | int) -> int:
@@ -24,8 +27,9 @@ def generator(seed: int, *keys: str | int) -> torch.Generator:
 
 @contextmanager
 def isolated(seed: int, *keys: str | int) -> Iterator[None]:
-    """Run code that draws from torch's global generator (layer initialisation, dropout) on a stream of its own."""
+    """Run code that draws from torch's global generator (layer initialisation, dropout) on a stream of its own: one
+    thread at a time, as they share that generator."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices):
+    with _alone, torch.random.fork_rng(devices):
         torch.manual_seed(derive(seed, *keys))
         yield

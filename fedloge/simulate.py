@@ -18,10 +18,10 @@ from typing import Any
 
 from common.config import Config
 from common.errors import UserError
+from fedloge import lanes
 from fedloge.federation import Federation, assemble, judge, save_models
 from server import checkpoint, models, rounds, run_folder
 from server.checkpoint import Checkpoint
-from server.fleet import LocalFleet
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ def _go_on(
         checkpoint.save(folder / "checkpoints", saved, config.run.keep, durable=False)
         progress(Progress(report.round, config.federation.rounds, run_folder.newest(history)))
 
-    fleet = LocalFleet({name: site.handle for name, site in federation.sites.items()})
-    # sites in one process train one after another: no clock may close a round, and nobody can be missing
+    fleet = lanes.fleet(federation, state.round)
+    # sites in one process take the time they take: no clock may close a round, and nobody can be missing
     policy = replace(
         config.federation, quorum=1.0, grace=math.inf, deadline=math.inf, failures=1, min_clients=1, wait=0.0
     )

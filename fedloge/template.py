@@ -18,7 +18,7 @@ from common.methods.method import Method
 
 WIDTH = 120
 METHOD = "fedloge"
-HIDDEN = {"evaluation.on"}  # has one possible value in a federation of real sites
+HIDDEN = {"evaluation.on", "run.lanes"}  # have one possible value in a federation of real sites
 OPENING = """\
 # The settings of a federation: every key there is, with its default.
 # All but [server] and [run] travel to the sites with every round, so nothing is to be copied there by hand.

@@ -61,15 +61,14 @@ class APFL(FedAvg):
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
         (phase,) = super().phases(net, site)
-
-        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-            alpha = net["alpha"]()
-            f = functional_call(net["own_backbone"], mixed(net["own_backbone"], net["backbone"], alpha), (x,))
-            logits = functional_call(net["own_head"], mixed(net["own_head"], net["global_head"], alpha), (f,))
-            return phase.loss(net, x, y) + F.cross_entropy(logits, y)
-
         own = ("own_backbone", "own_head", "alpha") if self.adaptive else ("own_backbone", "own_head")
-        return [replace(phase, train=(*phase.train, *own), loss=loss)]
+        return [replace(phase, train=(*phase.train, *own))]
+
+    def loss(self, net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
+        alpha = net["alpha"]()
+        f = functional_call(net["own_backbone"], mixed(net["own_backbone"], net["backbone"], alpha), (x,))
+        logits = functional_call(net["own_head"], mixed(net["own_head"], net["global_head"], alpha), (f,))
+        return super().loss(net, x, y, given) + F.cross_entropy(logits, y)
 
     @torch.no_grad()
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:

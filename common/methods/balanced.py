@@ -8,16 +8,18 @@ the site's own before use: the personal result is the tuned head.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
+
+from torch import Tensor
 
 from common.errors import UsageError
 from common.losses import balanced_softmax, log_prior
 from common.methods import prior
-from common.methods.fedavg import Criterion, FedAvg
+from common.methods.fedavg import FedAvg
 from common.methods.method import Predictor, Site
 from common.methods.tune import tuned
 from common.net import Maker, Net, Task
+from common.parts import Tensors
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,11 @@ class Balanced(FedAvg):
             made[prior.PART] = lambda _: prior.ClassPrior(len(task.classes))
         return made
 
-    def criterion(self, net: Net, site: Site) -> Criterion:
-        log_p = log_prior(site.counts) if self.prior == "local" else prior.exchange(net, site)
-        return partial(balanced_softmax, prior=log_p)
+    def given(self, net: Net, site: Site) -> Tensors:
+        return {"prior": log_prior(site.counts) if self.prior == "local" else prior.exchange(net, site)}
+
+    def criterion(self, logits: Tensor, y: Tensor, given: Tensors) -> Tensor:
+        return balanced_softmax(logits, y, given["prior"])
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         backbone, head = net["backbone"], net["global_head"]

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.config import require
-from common.losses import proximal
 from common.methods.fedavg import FedAvg
-from common.methods.fedprox import parameters
+from common.methods.fedprox import distance, parameters
 from common.methods.method import Phase, Predictor, Site
 from common.net import Maker, Net, Task
-from common.parts import snapshot, tensors
+from common.parts import Tensors, snapshot, tensors
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,12 @@ class Ditto(FedAvg):
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
         received = snapshot(parameters(net, "backbone", "global_head"))
-
-        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-            pull = proximal(parameters(net, "own_backbone", "own_head"), received)
-            return F.cross_entropy(net["own_head"](net["own_backbone"](x)), y) + self.lam / 2 * pull
-
-        own = Phase(("own_backbone", "own_head"), loss, site.task.config.train.epochs)
+        own = Phase(("own_backbone", "own_head"), self.own_loss, site.task.config.train.epochs, received)
         return [*super().phases(net, site), own]
+
+    def own_loss(self, net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
+        pull = distance(parameters(net, "own_backbone", "own_head"), given)
+        return F.cross_entropy(net["own_head"](net["own_backbone"](x)), y) + self.lam / 2 * pull
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         return {"own": Predictor(net["own_backbone"], net["own_head"]), **super().personal(net, site)}

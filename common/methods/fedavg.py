@@ -7,7 +7,7 @@ With `probes` two more heads learn beside the global one, by balanced softmax wi
 federation's prior, on detached features: they show what the head alone can gain and cannot change the rest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,8 +18,8 @@ from common.losses import balanced_softmax, log_prior
 from common.methods import prior
 from common.methods.method import Method, Phase, Predictor, Site, linear_predictors
 from common.net import Maker, Net, Task
+from common.parts import Tensors
 
-Criterion = Callable[[Tensor, Tensor], Tensor]  # logits, labels -> loss
 PROBES = {"balanced_head": "balanced (local prior)", "balanced_global_head": "balanced (global prior)"}
 
 
@@ -37,25 +37,29 @@ class FedAvg(Method):
             made[prior.PART] = lambda _: prior.ClassPrior(len(task.classes))
         return made
 
-    def criterion(self, net: Net, site: Site) -> Criterion:
-        """The loss of the global head's logits in this round: what most variants change."""
+    def given(self, net: Net, site: Site) -> Tensors:
+        """What `criterion` needs to know in this round."""
         del net, site
-        return F.cross_entropy
+        return {}
+
+    def criterion(self, logits: Tensor, y: Tensor, given: Tensors) -> Tensor:
+        """The loss of the global head's logits: what most variants change."""
+        del given
+        return F.cross_entropy(logits, y)
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
-        criterion = self.criterion(net, site)
-        priors = {}
+        given, probes = self.given(net, site), {}
         if self.probes:
-            priors = {"balanced_head": log_prior(site.counts), "balanced_global_head": prior.exchange(net, site)}
+            probes = {"balanced_head": log_prior(site.counts), "balanced_global_head": prior.exchange(net, site)}
+        parts = ("backbone", "global_head", *probes)
+        return [Phase(parts, self.loss, site.task.config.train.epochs, {**given, **probes})]
 
-        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-            f = net.features(x)
-            total = criterion(net["global_head"](f), y)
-            for part, log_p in priors.items():
-                total = total + balanced_softmax(net[part](f.detach()), y, log_p)
-            return total
-
-        return [Phase(("backbone", "global_head", *priors), loss, site.task.config.train.epochs)]
+    def loss(self, net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
+        f = net.features(x)
+        total = self.criterion(net["global_head"](f), y, given)
+        for part in PROBES if self.probes else ():
+            total = total + balanced_softmax(net[part](f.detach()), y, given[part])
+        return total
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
         found = linear_predictors(net, task)

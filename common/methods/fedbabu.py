@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from common.methods.method import Method, Phase, Predictor, Site, linear_predictors
 from common.methods.tune import tuned
 from common.net import Maker, Net, Task
+from common.parts import Tensors
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,7 @@ class FedBABU(Method):
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
         del net
-
-        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(net["global_head"](net.features(x)), y)
-
-        return [Phase(("backbone",), loss, site.task.config.train.epochs)]
+        return [Phase(("backbone",), global_loss, site.task.config.train.epochs)]
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
         return linear_predictors(net, task)
@@ -45,3 +42,8 @@ class FedBABU(Method):
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         backbone, head = net["backbone"], net["global_head"]
         return {"tuned": tuned(backbone, head, site, self.tune), "global": Predictor(backbone, head)}
+
+
+def global_loss(net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
+    del given
+    return F.cross_entropy(net["global_head"](net.features(x)), y)

@@ -28,7 +28,7 @@ from common.methods.fedloge import FrameHead, solve_frame
 from common.methods.method import Method, Phase, Predictor, ServerState, Site
 from common.methods.tune import tuned
 from common.net import Maker, Net, Task
-from common.parts import tensors
+from common.parts import Tensors, tensors
 
 
 class Temperature(nn.Module):
@@ -78,13 +78,8 @@ class FedETF(Method):
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
         del net
-        prior = log_prior(site.counts)
-
-        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-            cosines = net["frame"](F.normalize(net["projection"](net.features(x))))
-            return balanced_softmax(net["temperature"](cosines), y, prior)
-
-        return [Phase(("backbone", "projection", "temperature"), loss, site.task.config.train.epochs)]
+        given = {"prior": log_prior(site.counts)}
+        return [Phase(("backbone", "projection", "temperature"), etf_loss, site.task.config.train.epochs, given)]
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
         del task
@@ -93,3 +88,8 @@ class FedETF(Method):
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         backbone, head = net["backbone"], EtfHead(net)
         return {"tuned": tuned(backbone, head, site), "etf": Predictor(backbone, head)}
+
+
+def etf_loss(net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
+    cosines = net["frame"](F.normalize(net["projection"](net.features(x))))
+    return balanced_softmax(net["temperature"](cosines), y, given["prior"])

@@ -10,15 +10,17 @@ printed in the paper sums over the other classes only (our reading, not verified
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
+
+from torch import Tensor
 
 from common.config import require
 from common.losses import calibrated
-from common.methods.fedavg import Criterion, FedAvg
+from common.methods.fedavg import FedAvg
 from common.methods.method import Predictor, Site
 from common.methods.tune import tuned
 from common.net import Net
+from common.parts import Tensors
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,12 @@ class FedLC(FedAvg):
     def __post_init__(self) -> None:
         require(self.tau > 0, "method.tau", self.tau, "a number above 0")
 
-    def criterion(self, net: Net, site: Site) -> Criterion:
+    def given(self, net: Net, site: Site) -> Tensors:
         del net
-        return partial(calibrated, counts=site.counts, tau=self.tau)
+        return {"counts": site.counts}
+
+    def criterion(self, logits: Tensor, y: Tensor, given: Tensors) -> Tensor:
+        return calibrated(logits, y, given["counts"], self.tau)
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         backbone, head = net["backbone"], net["global_head"]

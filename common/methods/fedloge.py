@@ -74,16 +74,15 @@ class FedLoGe(Method):
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
         del net
-        prior = log_prior(site.counts)
+        given = {"prior": log_prior(site.counts)} if self.psi_loss == "balanced" else {}
+        return [Phase(("backbone", "global_head", "local_head"), self.loss, site.task.config.train.epochs, given)]
 
-        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-            f = net.features(x)
-            stopped = f.detach()
-            psi = net["global_head"](stopped)
-            of_psi = balanced_softmax(psi, y, prior) if self.psi_loss == "balanced" else F.cross_entropy(psi, y)
-            return F.cross_entropy(net["frame"](f), y) + of_psi + F.cross_entropy(net["local_head"](stopped), y)
-
-        return [Phase(("backbone", "global_head", "local_head"), loss, site.task.config.train.epochs)]
+    def loss(self, net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
+        f = net.features(x)
+        stopped = f.detach()
+        psi = net["global_head"](stopped)
+        of_psi = balanced_softmax(psi, y, given["prior"]) if self.psi_loss == "balanced" else F.cross_entropy(psi, y)
+        return F.cross_entropy(net["frame"](f), y) + of_psi + F.cross_entropy(net["local_head"](stopped), y)
 
     def extra(self, net: Net, site: Site) -> Tensors:
         if not self.count_aware:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from common.methods.method import Method, Phase, Predictor, Site
 from common.net import Maker, Net, Task
+from common.parts import Tensors
 
 
 @dataclass(frozen=True)
@@ -39,5 +40,6 @@ class FedPer(Method):
         return {"local": Predictor(net["backbone"], net["local_head"])}
 
 
-def local_loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
+def local_loss(net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
+    del given
     return F.cross_entropy(net["local_head"](net.features(x)), y)

@@ -32,12 +32,16 @@ class FedProx(FedAvg):
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
         (phase,) = super().phases(net, site)
         anchor = snapshot(parameters(net, "backbone", "global_head"))
+        return [replace(phase, given={**phase.given, **anchor})]
 
-        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-            pull = proximal(parameters(net, "backbone", "global_head"), anchor)
-            return phase.loss(net, x, y) + self.mu / 2 * pull
+    def loss(self, net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
+        pull = distance(parameters(net, "backbone", "global_head"), given)
+        return super().loss(net, x, y, given) + self.mu / 2 * pull
 
-        return [replace(phase, loss=loss)]
+
+def distance(values: Tensors, given: Tensors) -> Tensor:
+    """Squared, to what is given under the same names; what was not received is free."""
+    return proximal(values, {name: given[name] for name in values if name in given})
 
 
 def parameters(net: Net, *parts: str) -> Tensors:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from common.losses import balanced_softmax, log_prior
 from common.methods.method import Method, Phase, Predictor, Site, linear_predictors
 from common.net import Maker, Net, Task
+from common.parts import Tensors
 from common.realign import added
 
 
@@ -31,15 +32,8 @@ class FedRoD(Method):
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
         del net
-        prior = log_prior(site.counts)
-
-        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-            f = net.features(x)
-            generic = net["global_head"](f)
-            residual = net["local_head"](f.detach())
-            return balanced_softmax(generic, y, prior) + F.cross_entropy(generic.detach() + residual, y)
-
-        return [Phase(("backbone", "global_head", "local_head"), loss, site.task.config.train.epochs)]
+        given = {"prior": log_prior(site.counts)}
+        return [Phase(("backbone", "global_head", "local_head"), rod_loss, site.task.config.train.epochs, given)]
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
         return linear_predictors(net, task)
@@ -53,3 +47,10 @@ class FedRoD(Method):
             "global+residual": Predictor(net["backbone"], added(generic, residual)),
             "global": Predictor(net["backbone"], generic),
         }
+
+
+def rod_loss(net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
+    f = net.features(x)
+    generic = net["global_head"](f)
+    residual = net["local_head"](f.detach())
+    return balanced_softmax(generic, y, given["prior"]) + F.cross_entropy(generic.detach() + residual, y)

@@ -15,23 +15,29 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from common.images import Images
+from common.images import Images, PixelImages
 from common.messages import Reply
 from common.net import Maker, Net, Task
 from common.parts import Tensors, snapshot
 from common.realign import realigned
 from common.seeds import generator
 
-Loss = Callable[[Net, Tensor, Tensor], Tensor]
+Loss = Callable[[Net, Tensor, Tensor, Tensors], Tensor]  # net, images, labels, what the phase gives
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some epochs in which exactly the listed parts change. A part not listed is in no optimiser."""
+    """Some epochs in which exactly the listed parts change. A part not listed is in no optimiser.
+
+    The loss depends on nothing but its arguments: what it needs to know of the site or of the received parts is in
+    `given`. A method's own function or bound method is the same loss at every site and in every round, so on a GPU the
+    step that was recorded for one is replayed for all (common/engine.py).
+    """
 
     train: tuple[str, ...]
     loss: Loss
     epochs: int
+    given: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,15 @@ class Site:
 
     def batches(self, *stream: str | int) -> Iterator[tuple[Tensor, Tensor]]:
         """One shuffled, augmented pass over the training images, the same for the same stream."""
-        config = self.task.config
-        rng = generator(config.seed, "batches", self.round, self.name, *stream)
-        return self.images.batches(self.train, config.train.batch, self.device, rng)
+        return self.images.batches(self.train, self.task.config.train.batch, self.device, self._draws(*stream))
+
+    def chunks(self, *stream: str | int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same pass of images in memory, several batches at a time."""
+        assert isinstance(self.images, PixelImages)
+        return self.images.chunks(self.train, self.task.config.train.batch, self.device, self._draws(*stream))
+
+    def _draws(self, *stream: str | int) -> torch.Generator:
+        return generator(self.task.config.seed, "batches", self.round, self.name, *stream)
 
     @property
     def support(self) -> Tensor:

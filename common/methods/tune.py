@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from common.methods.method import Predictor, Site
 from common.seeds import isolated
-from common.sgd import fit
+from common.sgd import Step, fit
 
 
 def tuned(features: nn.Module, head: nn.Module, site: Site, what: Literal["head", "full"] = "head") -> Predictor:
@@ -29,6 +29,6 @@ def tuned(features: nn.Module, head: nn.Module, site: Site, what: Literal["head"
     groups = [list(module.parameters()) for module in ((features, head) if what == "full" else (head,))]
     passes = (site.batches("tune", epoch) for epoch in range(config.evaluation.tune_epochs))
     with isolated(config.seed, "tune", site.round, site.name):
-        fit(groups, passes, loss, config.train, site.device)
+        fit(Step(groups, loss, config.train, site.device), passes)
     features.eval()
     return Predictor(features.requires_grad_(False) if what == "full" else features, head.requires_grad_(False))

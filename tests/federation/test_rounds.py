@@ -307,8 +307,8 @@ class BreaksAtTheEnd(FedAvg):
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
         (phase,) = super().phases(net, site)
 
-        def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-            return phase.loss(net, x, y) + (0 * net["global_head"](net.features(x))).sum().sqrt()
+        def loss(net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
+            return phase.loss(net, x, y, given) + (0 * net["global_head"](net.features(x))).sum().sqrt()
 
         return [replace(phase, loss=loss, epochs=1)]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.train import run_phase
+from common.engine import run_phase
 from common.errors import UsageError
 from common.messages import Order
 from common.methods import METHODS

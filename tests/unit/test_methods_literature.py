@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from client.train import run_phase, train
+from client.train import train
 from common import frame
+from common.engine import run_phase
 from common.methods.apfl import APFL, mixed
 from common.methods.creff import BATCH, CReFF, class_gradients, distance, gradients
 from common.methods.fedavg import PROBES
@@ -108,7 +109,7 @@ def test_fedprox_gradient_is_mu_times_the_distance() -> None:
         assert isinstance(head, nn.Linear)
         with torch.no_grad():
             head.weight += 0.25
-        phase.loss(net, x, y).backward()
+        phase.loss(net, x, y, phase.given).backward()
         gradients.append(head.weight.grad)
     torch.testing.assert_close(gradients[0] - gradients[1], torch.full_like(gradients[0], 0.5 * 0.25))
 
@@ -208,7 +209,7 @@ def test_apfls_gradients_are_the_papers() -> None:
         for module, own, other in zip(mixture, ("own_backbone", "own_head"), ("backbone", "global_head"), strict=True):
             module.load_state_dict(mixed(net[own], net[other], torch.tensor(0.3)), strict=False)
     F.cross_entropy(mixture[1](mixture[0](x)), y).backward()
-    phase.loss(net, x, y).backward()
+    phase.loss(net, x, y, phase.given).backward()
     inner = 0.0
     for module, own, other in zip(mixture, ("own_backbone", "own_head"), ("backbone", "global_head"), strict=True):
         theirs, ours = dict(net[other].named_parameters()), dict(net[own].named_parameters())
@@ -258,11 +259,12 @@ def test_apfls_alpha_is_learned_and_kept() -> None:
 def test_fedlc_margins() -> None:
     federation = tiny({"name": "fedlc", "tau": 2.0})
     net, site = at_site(federation)
-    criterion = federation.method.criterion(net, site)  # type: ignore[attr-defined]
+    (phase,) = federation.method.phases(net, site)
+    criterion = federation.method.criterion  # type: ignore[attr-defined]
     logits, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 0])
     margins = 2.0 * torch.tensor([12.0, 6.0, 3.0]) ** -0.25
     expected = F.cross_entropy(logits[:, :3] - margins, y)  # class 3 is absent: not in the softmax
-    torch.testing.assert_close(criterion(logits, y), expected)
+    torch.testing.assert_close(criterion(logits, y, phase.given), expected)
 
 
 def test_fedetfs_frame_is_a_simplex_of_unit_rows() -> None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from client.train import Diverged, run_phase, train
+from client.train import Diverged, train
+from common.engine import run_phase
 from common.methods.method import Phase
 from common.parts import Tensors, snapshot
 from tests.fakes import CPU, tiny
