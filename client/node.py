@@ -26,7 +26,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from google.protobuf.message import DecodeError
 
 from client.fleet_api import Faulty, FleetApi, Forgotten, Gone, Unreachable, pieces
@@ -35,13 +34,14 @@ from client.outbox import Outbox
 from common import files, heap
 from common.errors import UserError
 from common.kit import Kit
+from common.objects import inflated
 
 log = logging.getLogger(__name__)
 
 OVER = "query.over"  # the last message (common.wire's; that one loads torch, and a killed node shall be back before)
 SHORT, QUICK, IDLE = 0.02, 0.2, 1.0  # seconds between two questions for a message
-HASTE = 0.2  # of the time that it has not come yet: so much later than possible it is noticed, at most
-OPEN = 30.0, 3600.0  # the next message is likely within the time that the last one took to come, and within these
+HASTE, CALM = 0.2, 0.02  # of the time that it has not come yet: so much later it is noticed, up to QUICK, up to IDLE
+PATIENT = 5.0  # times the server took to answer the last question: one with very many sites is asked less often
 FAULTS = 10  # failures of the server, not of the network, after which a message is given up
 LONGEST = 300  # characters of an error that go to the server
 
@@ -71,7 +71,8 @@ class Node:
         self._context: Context | None = None
         self._over = False
         self._doubt = False  # whether a message may have been lost on its way
-        self._answered = self._open = time.monotonic()  # when the last reply was given; until when to ask quickly
+        self._answered = time.monotonic()  # when the last reply was given
+        self._slow = 0.0  # seconds the server took to answer the last question
 
     @property
     def known(self) -> bool:
@@ -100,9 +101,7 @@ class Node:
             if reply is None and only_owed:
                 return
             if reply is None:
-                now = time.monotonic()
-                longest = QUICK if now < self._open else IDLE
-                time.sleep(min(max(HASTE * (now - self._answered), SHORT), longest))
+                time.sleep(self._pause())
                 return
             self._deliver(reply)
         except Forgotten as reason:
@@ -111,15 +110,19 @@ class Node:
             self._doubt = False
             return
         self._outbox.clear()
-        now = time.monotonic()
-        self._open = now + min(max(now - self._answered, OPEN[0]), OPEN[1])
-        self._answered = now
+        self._answered = time.monotonic()
         answer = reply.messages_list[0]
         self._over = answer.metadata.message_type == OVER
         if self._over and answer.HasField("error"):
             raise UserError(f"the federation is over, but its end failed here: {answer.error.reason}")
         if self._over:
             self._membership.say("the federation is over")
+
+    def _pause(self) -> float:
+        """Seconds until the next question for a message, when there was none."""
+        waited = time.monotonic() - self._answered
+        soon = min(max(HASTE * waited, SHORT), max(QUICK, CALM * waited), IDLE)
+        return max(soon, min(PATIENT * self._slow, waited))
 
     def _owed(self) -> PushMessagesRequest | None:
         """What was under way when the node was killed or the server was lost: its reply, or word that there is none."""
@@ -166,7 +169,9 @@ class Node:
                 self._doubt = True
                 raise
 
+        asked = time.monotonic()
         order = self._insist(pull)
+        self._slow = time.monotonic() - asked
         if order is None and self._doubt:
             self._doubt = False
             self._membership.step_out()
@@ -182,7 +187,9 @@ class Node:
         log.info("%s: received", _title(head))
         try:
             # the message gets no name here, so that what the app drops of its content is gone
-            reply = self._app(_inflated(message_id, contents), self._context_of(run_id))
+            message = inflated(message_id, contents)
+            message.metadata.__dict__["_message_id"] = message_id  # the digest of the content, so it cannot be in it
+            reply = self._app(message, self._context_of(run_id))
             if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != message_id:
                 raise TypeError("the app did not return a reply to the message")
             return reply
@@ -248,14 +255,6 @@ class Node:
             if "/" in value:
                 text = text.replace(value, "<path>")
         return re.sub(r"[^\s'\"]*[/\\][^\s'\"]*", "<path>", text)[:LONGEST]
-
-
-def _inflated(message_id: str, contents: dict[str, bytes]) -> Message:
-    message = inflate_object_from_contents(message_id, contents)
-    if not isinstance(message, Message):
-        raise TypeError("what came is not a message")
-    message.metadata.__dict__["_message_id"] = message_id  # it is the digest of the content, so it cannot be in it
-    return message
 
 
 def _failed(head: Message, code: int, reason: str) -> Message:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,13 +20,17 @@ from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import sync
 
 Tensors: TypeAlias = dict[str, Tensor]
+
+TYPES = {  # as safetensors calls them
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 class Corrupt(UserError):
@@ -131,8 +135,7 @@ def digest(tensors: Tensors) -> str:
     """SHA-256 over names, shapes, dtypes and little-endian bytes."""
     total = hashlib.sha256(Manifest.of(tensors).as_json().encode())
     for _, t in sorted(tensors.items()):
-        # As uint8, because numpy knows no bfloat16. The machines this runs on are little-endian themselves.
-        total.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total.update(_memory(t))
     return total.hexdigest()
 
 
@@ -146,17 +149,16 @@ def save(path: Path, tensors: Tensors, metadata: dict[str, str], durable: bool =
     taken = metadata.keys() & {"digest", "seal"}
     if taken:
         raise ValueError(f"the metadata key {min(taken)} is the file's own")
-    # Copies, because the format knows neither layouts other than row-major nor memory that tensors share.
-    plain = {
-        name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in tensors.items()
-    }
-    metadata = {**metadata, "digest": digest(plain)}
-    content = serialize(plain, {**metadata, "seal": _seal(metadata)})
+    metadata = {**metadata, "digest": digest(tensors)}
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all are aligned
+    head = _head([(name, tensors[name]) for name in names], {**metadata, "seal": _seal(metadata)})
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        # Not safetensors' save_file: it does not sync, and its files are readable by their owner only.
+        # Not safetensors' own writers: they copy all tensors, twice, before the first byte is written.
         with temporary.open("xb") as file:
-            file.write(content)
+            file.write(head)
+            for name in names:
+                file.write(_memory(tensors[name]))
             file.flush()
             if durable:
                 os.fsync(file.fileno())
@@ -187,6 +189,25 @@ def read(path: Path, sealed: bool = True) -> tuple[Tensors, dict[str, str]]:
     if seal != _seal(metadata) or metadata.pop("digest", None) != digest(tensors):
         raise Corrupt(f"{path}: is damaged: its content does not match its own digest")
     return tensors, metadata
+
+
+def _memory(t: Tensor) -> memoryview:
+    """The values, row by row; where they lie so already, no copy."""
+    # As uint8, because numpy knows no bfloat16. The machines this runs on are little-endian themselves.
+    view: memoryview = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def _head(entries: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with."""
+    about: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, t in entries:
+        begin, end = end, end + t.numel() * t.dtype.itemsize
+        about[name] = {"dtype": TYPES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _entry(value: object) -> tuple[str, tuple[int, ...], str]:

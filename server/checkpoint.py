@@ -1,12 +1,15 @@
 """The server's state after every round, in one file each: whole or not there, verified when read.
 
 A file holds the parts, the method's own tensors, the history and the configuration. The newest `keep` are kept;
-one that is damaged is passed over, said so, and the one before is used.
+one that is damaged is passed over, said so, and the one before is used. A `Writer` writes it while the next round
+runs: nothing in it may change in place meanwhile, and no method's server step does that.
 """
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,42 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, durable: bool = True) 
     for old in _files(folder)[:-keep]:
         old.unlink()
     return path
+
+
+class Writer:
+    """Saves checkpoints in a thread of its own, one at a time."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def save(self, checkpoint: Checkpoint, done: Callable[[], None] = lambda: None) -> None:
+        """Begin to save it, as soon as the one before is saved; `done` is called, in that thread, once it is."""
+        self.wait()
+        # the history of now: the next round adds to it
+        now = replace(checkpoint, history=json.loads(json.dumps(checkpoint.history)))
+        self._under_way = self._pool.submit(self._write, now, done)
+
+    def check(self) -> None:
+        """Raise what has gone wrong so far."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when everything is saved; or raise why it cannot be, once."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def close(self) -> None:
+        """Whatever was begun is whole, or was not to be had."""
+        self._pool.shutdown()
+
+    def _write(self, checkpoint: Checkpoint, done: Callable[[], None]) -> None:
+        save(self._folder, checkpoint, self._keep)
+        done()
 
 
 def latest(folder: Path) -> Checkpoint | None:

@@ -4,8 +4,9 @@ It is to real sites what `fedloge/simulate.py` is to simulated ones, and writes 
 `config.json`, `environment.json`, `events.jsonl` (one line a round), `metrics.json` (the result), `checkpoints/` and
 `models/generic.safetensors`; beside them `status.json` says what is going on. Local parts and personal models stay at
 the sites. Whenever it is stopped, the next call goes on after the last finished round, and after the last round with
-the judgement of the final models. Between two calls the operator may change how rounds are run, trained and judged,
-not what is learnt from what: such a change is noted with the first round it counts for.
+the judgement of the final models. A round is finished, and said to be, once its checkpoint is on the disk, which is
+written while the next round runs. Between two calls the operator may change how rounds are run, trained and judged, not
+what is learnt from what: such a change is noted with the first round it counts for.
 
 A site judges the model of a round when it gets it, at the beginning of the next one: its figures are added to the
 round they are about when its reply comes in. Figures of classes or groups never leave a site.
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from common.messages import Judgement, Order
 from common.methods.method import ServerState
 from common.net import best_device, build_on, roles
 from server import checkpoint, rounds, run_folder
-from server.checkpoint import Checkpoint
+from server.checkpoint import Checkpoint, Writer
 from server.fleet import Exchange, Fleet
 from server.models import TestSet, placed, save_generic
 from server.status import Board
@@ -120,6 +122,7 @@ class _Run:
         self._board = board
         self._changed = changed
         self._history: list[dict[str, Any]] = []
+        self._writer = Writer(folder / "checkpoints", self.config.run.keep)
         self._standing: rounds.Standing | None = None
         self._began = time.monotonic()
         self._paces: deque[float] = deque(maxlen=PACE)
@@ -141,8 +144,11 @@ class _Run:
         state = placed(found.state, self.device)
         policy, seed = self.config.federation, self.config.seed
         self._began = time.monotonic()
-        state = rounds.run(self._fleet, self.method, state, self.net, policy, seed, self._hooks)
-        return self._end(state)
+        try:
+            state = rounds.run(self._fleet, self.method, state, self.net, policy, seed, self._hooks)
+            return self._end(state)
+        finally:
+            self._writer.close()
 
     def _end(self, state: ServerState) -> dict[str, Any]:
         """The sites keep and judge their personal models; until metrics.json is there, a resume begins here."""
@@ -155,6 +161,7 @@ class _Run:
         self._board.show(deadline=None)
         self._merge(report.judged)
         self._save(state)
+        self._writer.wait()
         if not save_generic(self.net, self.method, self.task, state, self._folder / "models"):
             log.info("BatchNorm stays at the sites: there is no generic model")
         result = run_folder.summary(self.config, self._history, ())
@@ -172,18 +179,18 @@ class _Run:
             entry["evaluation"] = self._judge(report.state)
         self._history.append(entry)
         seconds = {"training": round(report.seconds, 3), "evaluation": round(time.monotonic() - began, 3)}
-        run_folder.add_line(self._events, {**entry, "seconds": seconds})
-        self._save(report.state)
+        # of the network and the machine: not part of what is resumed
+        run_folder.add_line(self._events, {**entry, "seconds": seconds, "bytes": self._board.status.traffic})
+        losses = ", ".join(f"{loss:.4f}" for loss in entry["loss"].values()) or "-"
+        done = f"round {report.round} of {self.config.federation.rounds}: {len(report.folded)} sites"
+        self._save(report.state, partial(log.info, f"{done} in {report.seconds:.1f} s, loss {losses}"))
         self._paces.append(time.monotonic() - self._began)
         self._began = time.monotonic()
         left = (self.config.federation.rounds - report.round) * sum(self._paces) / len(self._paces)
         self._board.show(message="", left=round(left, 1), **_shown(_evaluations(self._history)))
-        log.info(
-            "round %d of %d: %d sites in %.1f s, loss %s", report.round, self.config.federation.rounds,
-            len(report.folded), report.seconds, ", ".join(f"{loss:.4f}" for loss in entry["loss"].values()) or "-",
-        )  # fmt: skip
 
     def _during(self, standing: rounds.Standing) -> None:
+        self._writer.check()
         changes: dict[str, Any] = {}
         if standing is not self._standing:
             before, self._standing = self._standing, standing
@@ -229,9 +236,8 @@ class _Run:
         evaluation |= found
         run_folder.amend_line(self._events, len(self._history) - 1, {"evaluation": evaluation})
 
-    def _save(self, state: ServerState) -> None:
-        saved = Checkpoint(state, self._history, self._table)
-        checkpoint.save(self._folder / "checkpoints", saved, self.config.run.keep)
+    def _save(self, state: ServerState, done: Callable[[], None] = lambda: None) -> None:
+        self._writer.save(Checkpoint(state, self._history, self._table), done)
 
 
 class _Reporting:

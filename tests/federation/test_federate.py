@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,7 +50,7 @@ def run(wish: Deployment, folder: Path, sites: dict[str, Member], **more: Any) -
 
 def events(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "bytes")} for line in lines]
 
 
 def remains(folder: Path) -> dict[str, Any]:
@@ -188,16 +189,76 @@ def test_a_round_has_a_deadline_only_while_it_is_open(
     def watched(handler: Handler) -> Callable[[Order], Reply]:
         return lambda order: (open_.append(board.status.deadline), handler(order))[1]
 
-    save = federate.checkpoint.save
-    monkeypatch.setattr(
-        federate.checkpoint, "save", lambda *given: (closed.append(board.status.deadline), save(*given))[1]
-    )
+    add_line = run_folder.add_line
+    monkeypatch.setattr(run_folder, "add_line", lambda *given: (closed.append(board.status.deadline), add_line(*given)))
     handlers = {name: watched(Handler(member, wish.settings())) for name, member in sites.items()}
     federate.federate(wish, tmp_path / "run", LocalFleet(handlers), board)
     assert open_
     assert None not in open_
     assert closed
     assert set(closed) == {None}
+
+
+# --- checkpoints are written while the next round runs ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fedloge", "creff"])
+def test_a_checkpoint_is_written_while_the_next_round_runs(
+    data: Path, tmp_path: Path, whole: Callable[[str], Path], caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    wish = deployment(data, method)
+    handlers = {n: Handler(m, wish.settings()) for n, m in members(data, tmp_path / "sites").items()}
+    trained, asked_last, said = threading.Event(), sorted(NAMES)[-1], []
+    save = checkpoint.save
+
+    def late(folder: Path, found: checkpoint.Checkpoint, *rest: Any) -> Path:
+        if found.state.round == 1:
+            said.append(trained.wait(60))
+            said.append("round 1 of" in caplog.text)
+        return save(folder, found, *rest)
+
+    def telling(order: Order) -> Reply:
+        reply = handlers[asked_last](order)
+        if order.round == 2:
+            trained.set()
+        return reply
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", late)
+        fleet = LocalFleet({**handlers, asked_last: telling})
+        federate.federate(wish, tmp_path / "run", fleet, Board(tmp_path / "run"))
+    assert said == [True, False], "a round is said to be done before it is saved"
+    assert [f"round {k} of 3" in caplog.text for k in (1, 2, 3)] == [True] * 3
+    assert remains(tmp_path) == remains(whole(method)), "the next round changed what was being written"
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_next_round(
+    data: Path, tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    sites = members(data, tmp_path / "sites")
+    tried: list[int] = []
+    save = checkpoint.save
+
+    def full(folder: Path, found: checkpoint.Checkpoint, *rest: Any) -> Path:
+        tried.append(found.state.round)
+        if found.state.round == 2:
+            raise UserError(f"{folder}: cannot be written (No space left on device): check its folder and disk")
+        return save(folder, found, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(UserError, match="No space left"):
+            run(deployment(data), tmp_path / "run", sites)
+    shown = status.read(tmp_path / "run")
+    assert shown is not None
+    assert shown.phase == "gave-up"
+    assert tried == [1, 2]
+    found = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert found.state.round == 1
+    run(deployment(data), tmp_path / "run", members(data, tmp_path / "sites"))
+    assert remains(tmp_path) == remains(whole("fedloge")), "sites two rounds ahead did not find their way back"
 
 
 # --- stopped and started again ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ EDGE = {  # the only modules that may import these libraries; nothing that learn
     ("flwr", "grpc", "google"): (
         "server/app.py", "server/strategy.py", "server/flower*.py",
         "client/app.py", "client/node.py", "client/membership.py", "client/fleet_api.py", "client/probe.py",
-        "common/wire.py",
+        "common/objects.py", "common/wire.py",
     ),
     ("cryptography",): ("common/keys.py", "common/kit.py", "common/pki.py"),
 }  # fmt: skip
