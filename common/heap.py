@@ -1,6 +1,6 @@
-"""Memory that a process keeps for the next round instead of giving it back to the kernel in between.
+"""Memory that a process keeps for the next step and the next round instead of giving it back to the kernel in between.
 
-A round allocates the same few blocks of megabytes again and again, and the C library asks the kernel for each of them:
+Both allocate the same few blocks of megabytes again and again, and the C library asks the kernel for each of them:
 fresh pages, to be zeroed and mapped, which cost more than copying into them. What is kept so is at most `KEPT` beyond
 what is in use.
 """

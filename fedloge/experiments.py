@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common import config
+from common import config, heap
 from fedloge.progress import ProgressLine
 from fedloge.simulate import Progress, simulate
 from fedloge.table import result_table
@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
     experiment = config.load(options.file, _overrides(options))
     folder = options.out or Path("runs") / f"{experiment.name}-{experiment.method.name}-s{experiment.seed}"
     torch.set_num_threads(experiment.run.threads)
+    heap.keep()
     result = simulate(experiment, folder, _shown())
     if options.json:
         print(json.dumps({**result, "folder": str(folder)}))

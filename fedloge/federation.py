@@ -114,7 +114,7 @@ def judge(federation: Federation, method: Method, state: ServerState) -> dict[st
     generic = evaluate(method.served(net, federation.task), cache, federation.global_index, federation.groups)
     at_sites: dict[str, dict[str, dict[str, Any]]] = {"generic": {}, "personal": {}}
     for name, participant in federation.sites.items():
-        participant.prepare(state.parts, before=state.round + 1)
+        participant.prepare({}, before=state.round + 1)  # the net holds the shared parts already
         found = judge_site(participant, cache, federation.judged_on[name], federation.groups, state.round)
         for kind, predictors in found.items():
             for predictor, result in predictors.items():

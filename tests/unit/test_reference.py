@@ -73,7 +73,7 @@ class Clipped(torch.optim.SGD):
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
         if 0 < self.bound < norm:
             for g in gradients:
-                g *= self.bound / norm
+                g.mul_(self.bound / norm)
         super().step()
 
 
