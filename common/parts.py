@@ -74,8 +74,7 @@ def load(live: Tensors, values: Tensors) -> None:
         ours, theirs = tuple(live[name].shape), tuple(values[name].shape)
         if ours != theirs:
             raise ValueError(f"{name} has shape {theirs} instead of {ours}")
-    for name, value in values.items():
-        live[name].copy_(value)
+    torch._foreach_copy_([live[name] for name in values], list(values.values()))
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,11 @@ class Fold:
         """Check `reply` and fold it in, or raise `Refused` and leave everything as it was."""
         self._check(reply)
         for part, values in reply.shared.items():
-            into = self._total.setdefault(part, {})
-            for name, t in values.items():
-                here = t.to(self._device)
-                if name in into:
-                    into[name].add_(here, alpha=reply.examples)
-                else:
-                    into[name] = here * reply.examples
+            here = [t.to(self._device) for t in values.values()]
+            if part in self._total:
+                torch._foreach_add_([self._total[part][name] for name in values], here, alpha=reply.examples)
+            else:
+                self._total[part] = dict(zip(values, torch._foreach_mul(here, reply.examples), strict=True))
         for name, t in reply.sums.items():
             if name in self._sums:
                 self._sums[name].add_(t.to(self._device))
@@ -69,8 +67,7 @@ class Fold:
     def result(self) -> tuple[dict[str, Tensors], Tensors]:
         """(mean of the shared parts, sums). The accumulator becomes the mean: call it once."""
         for values in self._total.values():
-            for t in values.values():
-                t.div_(self.examples)
+            torch._foreach_div_(list(values.values()), self.examples)
         return self._total, self._sums
 
     def _check(self, reply: Reply) -> None:
@@ -132,11 +129,12 @@ def _difference(expected: Manifest, got: Manifest) -> str:
 
 def _overflow(values: Tensors) -> str:
     """The first tensor that is not finite or has no headroom; empty when there is none."""
-    for name, t in values.items():
+    norms = torch.stack(torch._foreach_norm(list(values.values()))).tolist() if values else []  # one wait for a GPU
+    for (name, t), norm in zip(values.items(), norms, strict=True):
         limit = math.sqrt(torch.finfo(t.dtype).max) / HEADROOM
         # One pass at the speed of memory in any layout: no value is above the norm, and NaN is below nothing. Half,
         # because it is rounded. The largest value itself would take twice as long at best, aminmax up to ten times.
-        if float(torch.linalg.vector_norm(t)) <= limit / 2:
+        if norm <= limit / 2:
             continue
         largest = float(t.abs().max())
         if not math.isfinite(largest):
