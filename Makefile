@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEEDS ?= 1-25
 MINUTES ?= 5
 
-.PHONY: help install demo test test-network test-chaos test-containers chaos soak lint format tables clean
+.PHONY: help install demo test test-network test-chaos test-containers chaos soak lint format bench-check tables clean
 
 help:  ## show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,12 @@ format: .venv/ready  ## bring the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-tables: .venv/ready  ## make benchmarks/RESULTS.md from the records
+bench-check: .venv/ready  ## small benchmarks: has a ratio fallen since its record? some minutes
+	$(BIN)/python -m benchmarks check
+
+tables: .venv/ready  ## make benchmarks/RESULTS.md and PERFORMANCE.md from the records
 	$(BIN)/python -m benchmarks.records tables
+	$(BIN)/python -m benchmarks.performance
 
 clean:  ## remove what make and the tools left here (runs/ stays)
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

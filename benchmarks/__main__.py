@@ -1,11 +1,9 @@
 """`fedloge bench NAME`, or `python -m benchmarks NAME`: measure, print, and write a record if asked.
 
-Every benchmark is a module that says what it is (`ABOUT`, `EXAMPLE`), which options it has, how it is measured and
-how its figures are shown. `ratios` are those of them that must not fall (benchmarks/check.py), on any machine.
+`check` measures the small forms of all and fails if a ratio has fallen. What there is: benchmarks/registry.py.
 """
 
 import argparse
-import importlib
 import json
 import os
 import signal
@@ -14,59 +12,32 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
+from benchmarks import check
 from benchmarks.machine import machine
+from benchmarks.registry import NAMES, benchmark
 from common import files
 from common.errors import UserError
 
-NAMES = {
-    "step": "benchmarks.step.update",
-    "eval": "benchmarks.step.judging",
-    "overhead": "benchmarks.overhead.rounds",
-    "memory": "benchmarks.overhead.memory",
-    "idle": "benchmarks.overhead.idle",
-    "dead": "benchmarks.overhead.dead",
-    "frame": "benchmarks.frame_bench",
-}
+CHECK = "check"
 WIDTH = 79
-
-
-class Benchmark(Protocol):
-    ABOUT: str
-    EXAMPLE: str
-    SMALL: Mapping[str, object]  # arguments of `measure` for the check of ratios; empty: it takes no part there
-
-    def options(self, parser: argparse.ArgumentParser) -> None: ...
-    def measure(self, **options: Any) -> dict[str, Any]:
-        """Figures only: nothing of the machine."""
-        ...
-
-    def table(self, record: Mapping[str, Any]) -> str:
-        """For people, with the aim beside each figure that has one."""
-        ...
-
-    def ratios(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """Larger is better for each."""
-        ...
 
 
 def main() -> int:
     signal.signal(signal.SIGTERM, terminate)
     try:
         options = vars(parse(sys.argv[1:]))
-        return run(options.pop("name"), options.pop("json"), options.pop("out"), options)
+        name, as_json = options.pop("name"), options.pop("json")
+        if name == CHECK:
+            return check.run(**options, as_json=as_json)
+        return run(name, as_json, options.pop("out"), options)
     except UserError as error:
         print(f"fedloge: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nfedloge: stopped; nothing is kept of it", file=sys.stderr)
         return 1
-
-
-def benchmark(name: str) -> Benchmark:
-    module: Any = importlib.import_module(NAMES[name])
-    return module  # type: ignore[no-any-return]
 
 
 def run(name: str, as_json: bool, out: Path | None, options: dict[str, Any]) -> int:
@@ -91,13 +62,14 @@ def parse(words: list[str]) -> argparse.Namespace:
         description="Measured comparisons. Each prints a table or, with --json, its whole record.",
         formatter_class=raw,
     )
-    parser.add_argument("name", choices=NAMES, metavar="NAME", help="one of those below")
+    parser.add_argument("name", choices=[*NAMES, CHECK], metavar="NAME", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its options: see NAME --help")
     if words[:1] and words[0].startswith("-"):  # only then, as it needs them all
-        lines = [f"  {name:10}{benchmark(name).ABOUT}" for name in NAMES]
+        abouts = {name: benchmark(name).ABOUT for name in NAMES} | {CHECK: check.ABOUT}
+        lines = [f"  {name:10}{about}" for name, about in abouts.items()]
         parser.epilog = "\n".join([f"example: fedloge bench overhead {benchmark('overhead').EXAMPLE}", *lines])
     given = parser.parse_args(words)
-    chosen = benchmark(given.name)
+    chosen = check if given.name == CHECK else benchmark(given.name)
     paragraphs = (chosen.__doc__ or "").strip().split("\n\n")
     own = argparse.ArgumentParser(
         prog=f"fedloge bench {given.name}",
@@ -107,7 +79,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     chosen.options(own)
     own.add_argument("--json", action="store_true", help="print one JSON object")
-    own.add_argument("--out", type=Path, metavar="FILE", help="write the record to this file")
+    if chosen is not check:
+        own.add_argument("--out", type=Path, metavar="FILE", help="write the record to this file")
     own.set_defaults(name=given.name)
     return own.parse_args(given.arguments)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.arguments import positive
+from benchmarks.figures import aim
 from benchmarks.overhead.federation import MODELS
 from benchmarks.overhead.measure import memory as measure
 
@@ -26,7 +27,8 @@ def table(record: Mapping[str, Any]) -> str:
     for row in record["rows"]:
         peaks = ", ".join(f"{name} {megabytes}" for name, megabytes in row["peak_megabytes"].items())
         lines.append(f"  {row['sites']:3} sites: {peaks}")
-    return "\n".join([*lines, f"  more for the most sites: {record['more_in_models']} models (aim: at most 1)"])
+    more = record["more_in_models"]
+    return "\n".join([*lines, f"  more for the most sites: {more} models ({aim(more, 'at most 1')})"])
 
 
 def ratios(record: Mapping[str, Any]) -> dict[str, float]:

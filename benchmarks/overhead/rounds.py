@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.arguments import positive
+from benchmarks.figures import aim
 from benchmarks.overhead.federation import MODELS
 from benchmarks.overhead.measure import overhead as measure
 
@@ -39,8 +40,8 @@ def table(record: Mapping[str, Any]) -> str:
         for name, s in row["seconds"].items():
             lines.append(f"  {name:22}{s['median']:9.3f}   ({s['least']:.3f} to {s['most']:.3f})")
         for name, ratio in row["ratios"].items():
-            aim = AIMS.get((row["model"], name))
-            lines.append(f"  {name:22}{ratio:9.2f}" + (f"   (aim: {aim})" if aim else ""))
+            wanted = AIMS.get((row["model"], name))
+            lines.append(f"  {name:22}{ratio:9.2f}" + (f"   ({aim(ratio, wanted)})" if wanted else ""))
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ def measure(model: list[str], images: int, clients: int, turns: int) -> dict[str
         jobs = {rung: {"rung": rung, **job} for rung in (workers.REFERENCE, *OURS)}
         seconds = workers.alternated("benchmarks.step.judging", jobs, turns)
         rows.append({**job, **workers.compared(seconds, 2 * images)})
-    return {"rows": rows}
+    return {"rows": rows, "native_bf16": workers.native_bf16()}
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -57,9 +57,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def ratios(record: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        f"{row['model']} {name}": ratio["median"] for row in record["rows"] for name, ratio in row["ratios"].items()
-    }
+    return workers.steady(record)
 
 
 @contextmanager

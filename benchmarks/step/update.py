@@ -46,7 +46,7 @@ def measure(models: list[str], images: int, epochs: int, batch: int, turns: int)
         jobs = {rung: {"rung": rung, **job} for rung in (workers.REFERENCE, *OURS)}
         seconds = workers.alternated("benchmarks.step.update", jobs, turns)
         rows.append({**job, **workers.compared(seconds, images * epochs)})
-    return {"rows": rows}
+    return {"rows": rows, "native_bf16": workers.native_bf16()}
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -58,9 +58,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def ratios(record: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        f"{row['model']} {name}": ratio["median"] for row in record["rows"] for name, ratio in row["ratios"].items()
-    }
+    return workers.steady(record)
 
 
 @contextmanager

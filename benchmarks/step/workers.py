@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import spread
+from benchmarks.figures import aim, spread
 from common.errors import UserError
 
 REFERENCE = "reference"
-KEPT = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+ROOT = Path(__file__).parents[2]
 
 
 class Worker:
@@ -54,7 +55,7 @@ def _started(module: str, job: Mapping[str, Any]) -> Iterator[Worker]:
     """It ends with us, whatever becomes of us: nobody writes to it any more."""
     with subprocess.Popen(
         [sys.executable, "-P", "-m", module, json.dumps(job)],
-        env={**KEPT, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -64,6 +65,13 @@ def _started(module: str, job: Mapping[str, Any]) -> Iterator[Worker]:
             yield Worker(child)
         finally:
             child.kill()
+
+
+def environment() -> dict[str, str]:
+    """One thread, this checkout, and nothing said to the C library."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+    return {**kept, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def serve(work: Callable[[], object]) -> None:
@@ -91,12 +99,27 @@ def compared(seconds: Mapping[str, list[float]], images: int) -> dict[str, Any]:
     }
 
 
+def steady(record: Mapping[str, Any]) -> dict[str, float]:
+    """The ratios of all rows that another processor has as well: bf16 is fast only where there are instructions."""
+    return {
+        f"{row['model']} {name}": ratio["median"]
+        for row in record["rows"]
+        for name, ratio in row["ratios"].items()
+        if name != "bf16" or record["native_bf16"]
+    }
+
+
+def native_bf16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and "avx512_bf16" in flags.read_text(encoding="utf-8")
+
+
 def shown(row: Mapping[str, Any], aims: Mapping[str, float]) -> list[str]:
     lines = []
     for name, s in row["processor_seconds"].items():
         line = f"  {name:10}{row['images_per_second'][name]:9.1f} images a second   {s['median']:8.3f} s"
         if ratio := row["ratios"].get(name):
             line += f"   {ratio['median']:5.2f} x ({ratio['least']:.2f} to {ratio['most']:.2f})"
-            line += f"   aim: at least {aims[name]}" if name in aims else ""
+            line += f"   ({aim(ratio['median'], f'at least {aims[name]}')})" if name in aims else ""
         lines.append(line)
     return lines
