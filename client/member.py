@@ -18,6 +18,7 @@ import torch
 
 from client import data, personal
 from client.changes import Reference, Residual
+from client.devices import failed, wished
 from client.fixed import Fixed
 from client.judge import brief, judge
 from client.participant import Participant
@@ -29,9 +30,9 @@ from common.config import RunConfig
 from common.deployment import ImagesConfig, from_settings
 from common.errors import UserError
 from common.evaluation import FeatureCache
-from common.images import Images
+from common.images import Images, PixelImages
 from common.messages import Judgement, Order, Reply
-from common.net import Task, best_device, build_on
+from common.net import Task, build_on
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ class Member:
     ) -> None:
         """Look at the data at `place`, and refuse what cannot work before anybody is told of this site."""
         self.ticket = ticket
-        self.device = best_device(RunConfig(device=device).device)
+        self.device, self._spare = wished(device)
+        self.lost = False  # the GPU has failed, and only a new process can use one again
         self.state = state
         self.notify = notify
         state.mkdir(parents=True, exist_ok=True)
@@ -129,14 +131,39 @@ class Member:
         with told(self.state):
             began = time.monotonic()
             order = self._reference.take(order)
+            while (reply := self._attempt(order, settings, fixed_digest, wire)) is None:
+                pass
+            told_now = self._note(order, reply, time.monotonic() - began)
+        self.notify(told_now)
+        return reply
+
+    def _attempt(self, order: Order, settings: str, fixed_digest: str, wire: Wire | None) -> Reply | None:
+        """The reply; None where the device failed and it is worth trying again."""
+        try:
             work = self._prepared(settings)
             if wire not in (None, work.wire):
                 raise Refusal(f"the order travels as {wire}, and its settings say federation.wire = {work.wire}")
             order = replace(order, fixed=self._fixed.take(order.fixed, fixed_digest))
-            reply = self._train(work, order) if order.train else self._finish(work, order)
-            told_now = self._note(order, reply, time.monotonic() - began)
-        self.notify(told_now)
-        return reply
+            return self._train(work, order) if order.train else self._finish(work, order)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) and self._room():
+                log.warning("the memory of %s is full: images stay outside from here on", self.device)
+                return None
+            if not isinstance(error, torch.OutOfMemoryError) and not failed(error):
+                raise
+            self._work = None
+            if self._spare is None:
+                self.lost = failed(error)
+                raise
+            log.warning("%s failed (%s): the CPU takes its place", self.device, str(error).partition("\n")[0])
+            self.device, self._spare = self._spare, None
+            return None
+
+    def _room(self) -> bool:
+        """Make some in the memory of the GPU; whether there was anything to take out of it."""
+        self._work = None
+        found = [held for held in self._images[1:] if isinstance(held, PixelImages)] if self._images else []
+        return True in [images.stay_home(self.device) for images in found]
 
     def over(self) -> None:
         """The server has said that nothing more will come."""

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 OVER = "query.over"  # the last message (common.wire's; that one loads torch, and a killed node shall be back before)
 SHORT, QUICK, IDLE = 0.02, 0.2, 1.0  # seconds between two questions for a message
 HASTE, CALM = 0.2, 0.02  # of the time that it has not come yet: so much later it is noticed, up to QUICK, up to IDLE
-PATIENT = 5.0  # times the server took to answer the last question: one with very many sites is asked less often
+PATIENT = 10.0  # times the server took to answer the last question: one with very many sites is asked less often
 FAULTS = 10  # failures of the server, not of the network, after which a message is given up
 LONGEST = 300  # characters of an error that go to the server
 
@@ -60,6 +60,7 @@ class Node:
         node_config: Mapping[str, bool | int | float | str],
         notify: Callable[[str], None] = lambda _: None,
         patience: float = 30.0,
+        spent: Callable[[], bool] = lambda: False,
     ) -> None:
         self._folder = folder
         self._app = app
@@ -68,6 +69,7 @@ class Node:
         self._outbox = Outbox(folder, hashlib.sha256(self._api.key).hexdigest())
         self._membership = Membership(kit, self._api, self._outbox, notify, patience)
         self._insist = self._membership.insist
+        self._spent = spent  # whether the app can answer nothing more in this process
         self._context: Context | None = None
         self._over = False
         self._doubt = False  # whether a message may have been lost on its way
@@ -88,7 +90,7 @@ class Node:
                 self._membership.start()
                 self._turn(only_owed=True)
                 ready()
-                while not self._over:
+                while not self._over and not self._spent():
                     self._turn()
             finally:
                 # the SuperLink would drop the last reply if its node said farewell before it is collected

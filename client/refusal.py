@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from client.devices import failed
 from common.errors import UserError
 from common.sgd import Diverged
 
@@ -45,6 +46,8 @@ def cause(error: Exception, state: Path) -> str:
         return text
     if isinstance(error, torch.OutOfMemoryError):
         return "the memory of its GPU is full: free it, or use a smaller train.batch or model"
+    if failed(error):
+        return f"its GPU failed: {SEE}"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:  # torch has no class for it
         return "its memory is full: free it, or use a smaller train.batch or model"
     if any(reason in text for reason in FULL):

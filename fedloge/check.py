@@ -36,7 +36,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--test", type=Path, metavar="PATH", help="images to judge by, for .npz files and tables")
     parser.add_argument("--key", type=Path, metavar="FILE", help="key of the site (default: in or beside the kit)")
     parser.add_argument("--state", type=Path, metavar="DIR", help="what the site keeps (default: NAME for NAME.kit)")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N, or cuda,cpu (default: auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     # the client has these too, and nothing in them can be wrong
     parser.set_defaults(run=run, threads=None, share_counts=False)

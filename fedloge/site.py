@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--test", type=Path, metavar="PATH", help="images to judge by, for .npz files and tables")
     parser.add_argument("--key", type=Path, metavar="FILE", help="key of this site (default: in or beside the kit)")
     parser.add_argument("--state", type=Path, metavar="DIR", help="what this site keeps (default: NAME for NAME.kit)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or cuda,cpu (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all; 1 gives the same bits)")
     parser.add_argument("--share-counts", action="store_true", help="tell the server how many images of each class")
     parser.add_argument(
@@ -88,13 +89,21 @@ def run(options: argparse.Namespace) -> None:
         else:
             from client.node import Node
 
-            node = Node(kit, state, _answer, config, live.say)
+            node = Node(kit, state, _answer, config, live.say, spent=lambda: any(member.lost for member in members))
             if node.known:  # a round may wait for it
                 node.run(ready)
             else:
                 ready()
                 node.run()
+    if members[0].lost:
+        _begin_anew(members[0])
     _conclude(options, kit, members[0], live.newest)
+
+
+def _begin_anew(member: "Member") -> None:
+    """The same command in place of this process, with a GPU of its own again, or none: then it says so and ends."""
+    print(f"{member.device} failed: this client starts anew", file=sys.stderr, flush=True)
+    os.execv(sys.executable, [*sys.orig_argv, "--device", str(member.device)])
 
 
 def _answer(message: Any, context: Any) -> Any:

@@ -48,11 +48,12 @@ def check_device(findings: Findings, wish: str, *, trains: bool) -> None:
     """`trains`: whether a GPU makes much of a difference here."""
     import torch
 
+    from client.devices import wished
     from common.config import RunConfig
     from common.net import best_device
 
     try:
-        device = best_device(RunConfig(device=wish).device)
+        device = wished(wish)[0] if trains else best_device(RunConfig(device=wish).device)
     except UserError as error:
         raise UserError(str(error).replace("run.device", "--device") if trains else str(error)) from None
     if device.type == "cpu":
