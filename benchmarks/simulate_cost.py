@@ -1,53 +1,82 @@
 """What a simulated client costs beyond its training: loading, saving, folding, the server's step.
 
-    python -m benchmarks.simulate_cost [--clients 20] [--json]
+Real rounds with local training left out, in processor time a client and round: medians of five rounds, for models of
+several sizes and for methods without and with local parts. Beside each stands its floor, measured between the rounds
+and so on the same machine in the same state: the memory traffic of the shared parts that no client can do without.
+What is kept at the sites (Ditto: a whole model, in files) is in the cost, not in the floor.
 
-Runs real rounds with local training left out and reports processor milliseconds per client and round, medians of
-five rounds, for models of three sizes and for methods without and with local parts. Beside each stands its floor,
-measured between the rounds and so on the same machine in the same state: the memory traffic of the shared parts that
-no client can do without. What is kept at the sites (Ditto: a whole model, in files) is in the cost, not in the floor.
+With several numbers of clients it shows what grows with them: neither the cost of one nor the memory of all should.
+Every row has a process of its own.
 """
 
 import argparse
-import json
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import positive
+from benchmarks.overhead.processes import memory
 from common.config import parse
+from common.images import PixelImages, Split
 from fedloge.federation import assemble
 from server import rounds
 from server.fleet import LocalFleet
-from server.run_folder import environment
 
+ABOUT = "a simulated client beyond its training, beside the bare memory traffic of its model"
+EXAMPLE = "--models mlp --methods fedavg --clients 20 512 2000"
+SMALL: Mapping[str, object] = {"models": ["resnet8"], "methods": ["fedavg"], "clients": [20]}
 MODELS = ("mlp", "resnet8", "resnet18")
 METHODS = ("fedavg", "fedloge", "ditto")
 ROUNDS = 5
+IMAGES = 4  # that a client has: nobody trains with them
+CLASSES = tuple("0123456789")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=20)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = [measure(model, method, options.clients) for model in MODELS for method in METHODS]
-    if options.json:
-        print(json.dumps({"clients": options.clients, "rows": rows, "environment": environment()}))
-        return
-    for row in rows:
-        print(
-            "{model:10} {method:8} {megabytes:7.1f} MB shared  {ms_per_client:7.2f} ms per client and round, "
-            "{ratio:5.1f} times the floor of {floor_ms:.2f} ms".format(**row)
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(%(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(%(default)s)")
+    parser.add_argument("--clients", nargs="+", type=positive, default=[20], help="in a round (%(default)s)")
+
+
+def measure(models: Sequence[str], methods: Sequence[str], clients: Sequence[int]) -> dict[str, Any]:
+    rows = []
+    for model in models:
+        for method in methods:
+            for many in clients:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                    rows.append(alone.submit(cost, model, method, many).result())
+    return {"rows": rows}
+
+
+def table(record: Mapping[str, Any]) -> str:
+    line = (
+        "{model:10} {method:8} {megabytes:7.1f} MB shared  {clients:5} clients  {ms_per_client:8.2f} ms a client and "
+        "round, {ratio:5.1f} times the floor of {floor_ms:.2f} ms  {more_megabytes:6.0f} MB of memory"
+    )
+    return "\n".join(line.format(**row) for row in record["rows"])
+
+
+def ratios(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"{row['model']} {row['method']} {row['clients']}: floor / cost": round(
+            row["floor_ms"] / row["ms_per_client"], 4
         )
+        for row in record["rows"]
+    }
 
 
-def measure(model: str, method: str, clients: int) -> dict[str, object]:
+def cost(model: str, method: str, clients: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
     config = parse(
         {
             "method": {"name": method},
@@ -56,7 +85,10 @@ def measure(model: str, method: str, clients: int) -> dict[str, object]:
             "federation": {"rounds": ROUNDS + 1},
         }
     )
-    with tempfile.TemporaryDirectory() as folder, mock.patch("client.participant.train", return_value={}):
+    before = memory(os.getpid())["now"]
+    data = mock.patch("fedloge.federation.sources.load", return_value=images(clients))
+    training = mock.patch("client.participant.train", return_value={})
+    with tempfile.TemporaryDirectory() as folder, data, training:
         federation = assemble(config, Path(folder))
         state = config.method.init(federation.net, federation.task)
         names = [(part, name) for part in config.method.shared & state.parts.keys() for name in state.parts[part]]
@@ -78,16 +110,27 @@ def measure(model: str, method: str, clients: int) -> dict[str, object]:
             for _ in range(clients):
                 move(sent, trained, total)
             least.append(time.process_time() - began)
+        used = memory(os.getpid())["peak"] - before
     # the first round also makes the local parts' initial values
     per_client, floor = (1000 * statistics.median(s[1:]) / clients for s in (seconds, least))
     return {
         "model": model,
         "method": method,
+        "clients": clients,
         "megabytes": shared / 1e6,
         "ms_per_client": round(per_client, 3),
         "floor_ms": round(floor, 3),
         "ratio": round(per_client / floor, 2),
+        "more_megabytes": round(used, 1),
     }
+
+
+def images(clients: int) -> Split:
+    """As large as the digits, and enough for all."""
+    labels = torch.arange(IMAGES * clients) % len(CLASSES)
+    pixels = torch.zeros(len(labels), 8, 8, 1, dtype=torch.uint8)
+    made = PixelImages(pixels, labels, CLASSES, mean=(0.3,), std=(0.4,))
+    return Split(made, made.take(torch.arange(len(CLASSES))))
 
 
 @torch.no_grad()
@@ -99,7 +142,3 @@ def move(sent: list[Tensor], trained: list[Tensor], total: list[Tensor]) -> None
         t.sum()
     for t, sums in zip(trained, total, strict=True):
         sums.add_(t, alpha=2)
-
-
-if __name__ == "__main__":
-    main()
