@@ -84,8 +84,9 @@ def assemble(config: Config, folder: Path) -> Federation:
             images=images,
             train_index=index,
             counts=count,
-            # a site may be a round ahead of the checkpoints, and the oldest of them must still find its local parts
-            store=Store(folder / "sites" / name, keep=config.run.keep + 1, durable=False),
+            # a site may be two rounds ahead of the checkpoints, as one is written while the next round runs, and the
+            # oldest of them must still find its local parts
+            store=Store(folder / "sites" / name, keep=config.run.keep + 2, durable=False),
             device=device,
         )
         for name, index, count in zip(names, kept, counts, strict=True)

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from common.errors import UserError
 from fedloge import lanes
 from fedloge.federation import Federation, assemble, judge, save_models
 from server import checkpoint, models, rounds, run_folder
-from server.checkpoint import Checkpoint
+from server.checkpoint import Checkpoint, Writer
 
 log = logging.getLogger(__name__)
 
@@ -88,19 +89,27 @@ def _go_on(
         if run_folder.evaluated(config, report.round):
             entry["evaluation"] = judge(federation, method, report.state)
         history.append(entry)
-        seconds = {"training": round(report.seconds, 3), "evaluation": round(time.monotonic() - began, 3)}
+        judged = time.monotonic()
+        writer.wait()
+        waited = time.monotonic() - judged  # for the checkpoint before this one
+        seconds = {"training": report.seconds, "evaluation": judged - began, "checkpoint": waited}
         # before the checkpoint: a resume drops what is too new
-        run_folder.add_line(events, {**entry, "seconds": seconds})
+        run_folder.add_line(events, {**entry, "seconds": {name: round(s, 3) for name, s in seconds.items()}})
         saved = Checkpoint(report.state, history, config.as_dict(), found.data)
-        checkpoint.save(folder / "checkpoints", saved, config.run.keep, durable=False)
-        progress(Progress(report.round, config.federation.rounds, run_folder.newest(history)))
+        now = Progress(report.round, config.federation.rounds, run_folder.newest(history))
+        writer.save(saved, partial(progress, now))
 
     fleet = lanes.fleet(federation, state.round)
     # sites in one process take the time they take: no clock may close a round, and nobody can be missing
     policy = replace(
         config.federation, quorum=1.0, grace=math.inf, deadline=math.inf, failures=1, min_clients=1, wait=0.0
     )
-    state = rounds.run(fleet, method, state, federation.net, policy, config.seed, rounds.Hooks(after))
+    writer = Writer(folder / "checkpoints", config.run.keep, durable=False)
+    try:
+        state = rounds.run(fleet, method, state, federation.net, policy, config.seed, rounds.Hooks(after))
+        writer.wait()
+    finally:
+        writer.close()
     if "evaluation" not in history[-1]:  # the run went on only to be ended earlier than it was once meant to
         history[-1]["evaluation"] = judge(federation, method, state)
     save_models(federation, method, state, folder / "models")

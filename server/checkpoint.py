@@ -50,9 +50,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, durable: bool = True) 
 class Writer:
     """Saves checkpoints in a thread of its own, one at a time."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, durable: bool = True) -> None:
         self._folder = folder
         self._keep = keep
+        self._durable = durable
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
 
@@ -79,7 +80,7 @@ class Writer:
         self._pool.shutdown()
 
     def _write(self, checkpoint: Checkpoint, done: Callable[[], None]) -> None:
-        save(self._folder, checkpoint, self._keep)
+        save(self._folder, checkpoint, self._keep, self._durable)
         done()
 
 
