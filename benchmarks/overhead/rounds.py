@@ -17,7 +17,7 @@ __all__ = ["measure"]
 
 ABOUT = "rounds without training, against Flower's own nodes and bare gRPC"
 EXAMPLE = "--sites 4 --rounds 6 --blocks 2"
-SMALL: Mapping[str, object] = {}
+SMALL: Mapping[str, object] = {}  # seconds by the clock, and a stock node mostly sleeps: it would compare machines
 AIMS = {  # what the project set out for
     ("tiny", "stock / resident"): "at least 20",
     ("large", "stock / resident"): "at least 3.3",

@@ -130,6 +130,24 @@ def test_rows_are_those_of_the_index(test: Images) -> None:
         assert measured["by"] == BY
 
 
+def test_bf16_is_for_the_backbone_alone(test: Images) -> None:
+    """What is kept of it is fp32 again, and close to what fp32 gives."""
+    backbone = Counting(1)
+    exact, half = (FeatureCache(test, CPU, BATCH, backbone, precision) for precision in ("fp32", "bf16"))
+    index = INDICES["some"]
+    features = half.of(backbone, index)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, features.bfloat16().float())
+    assert torch.allclose(features, exact.of(backbone, index), rtol=0.05, atol=0.05)
+
+
+def test_an_own_backbone_runs_once_for_all_its_heads(test: Images) -> None:
+    own = Counting(2)
+    cache = FeatureCache(test, CPU, BATCH, None)
+    evaluate({str(n): Predictor(own, head(n)) for n in range(3)}, cache, INDICES["some"], BY)
+    assert sum(own.seen) == len(INDICES["some"])
+
+
 def test_features_of_the_shared_backbone_are_computed_once_for_all_heads_and_sites(test: Images) -> None:
     backbone = Counting(1)
     cache = FeatureCache(test, CPU, BATCH, backbone)
