@@ -20,6 +20,12 @@ def keep() -> None:
             ctypes.CDLL(None).mallopt(option, KEPT)
 
 
+def trim() -> None:
+    """Give back now what is free, wherever in the heap it lies."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keeping() -> dict[str, str]:
     """The same for a process to be started, as variables of its environment."""
     limits = {"MALLOC_TRIM_THRESHOLD_": KEPT, "MALLOC_MMAP_THRESHOLD_": KEPT, "MALLOC_ARENA_MAX": ARENAS}

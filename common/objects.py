@@ -6,13 +6,18 @@ name a piece, twice more to send it, and three times to put an Array together.
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 
-from flwr.app import Array, Message
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_head_values_from_object_content
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+from common import heap
 
 
 class _Piece(ArrayChunk):
@@ -48,26 +53,50 @@ def flat(dtype: str, count: int, stype: str, data: bytes) -> Array:
 def inflated(message_id: str, contents: dict[str, bytes]) -> Message:
     """The message of that id, made from the contents of its objects, which are used up. Whatever is wrong with them,
     an exception of any kind says so."""
-    message = inflate_object_from_contents(message_id, contents, objects={**_arrays(contents)})
+    arrays, values = _arrays(contents)
+    message = inflate_object_from_contents(message_id, contents, objects={**arrays})
     if not isinstance(message, Message):
         raise TypeError("what came is not a message")
+    for record in message.content.values() if message.has_content() else ():
+        for array in record.values() if isinstance(record, ArrayRecord) else ():
+            array.data = values[array.data]
     return message
 
 
-def _arrays(contents: dict[str, bytes]) -> dict[str, Array]:
-    """Every Array among the objects; what it was made of is taken out."""
-    found, used = {}, set()
+def _arrays(contents: dict[str, bytes]) -> tuple[dict[str, Array], dict[bytes, bytes]]:
+    """Every Array among the objects, by its name, with its name for values; and the values. They are put into it last,
+    because Flower makes records only of Arrays whose values are bytes, which cannot be filled piece by piece."""
+    arrays: dict[str, Array] = {}
+    pieces: dict[str, list[str]] = {}
     for name, content in contents.items():
-        kind, pieces, _ = get_object_head_values_from_object_content(content)
-        if kind != Array.__qualname__:
-            continue
-        about = json.loads(get_object_body(content, Array))
-        data = b"".join(_values(contents[pieces[i]]) for i in about["arraychunk_ids"])
-        found[name] = Array(about["dtype"], tuple(about["shape"]), about["stype"], data)
-        used |= {name, *pieces}
-    for name in used:
+        kind, children, _ = get_object_head_values_from_object_content(content)
+        if kind == Array.__qualname__:
+            about = json.loads(get_object_body(content, Array))
+            arrays[name] = Array(about["dtype"], tuple(about["shape"]), about["stype"], name.encode())
+            pieces[name] = [children[i] for i in about["arraychunk_ids"]]
+    uses = Counter(piece for listed in pieces.values() for piece in listed)
+    values = {name.encode(): _joined(listed, contents, uses) for name, listed in pieces.items()}
+    for name in arrays:
         del contents[name]
-    return found
+    return arrays, values
+
+
+def _joined(pieces: Sequence[str], contents: dict[str, bytes], uses: Counter[str]) -> bytes:
+    """The values of the pieces. Each goes after its last use, so that a large model is there once and not twice."""
+    whole = np.empty(sum(len(_values(contents[piece])) for piece in pieces), np.uint8)
+    end = freed = 0
+    for piece in pieces:
+        values = _values(contents[piece])
+        begin, end = end, end + len(values)
+        whole[begin:end] = np.frombuffer(values, np.uint8)
+        uses[piece] -= 1
+        if not uses[piece]:
+            freed += len(values)
+            del values, contents[piece]
+        if freed > heap.KEPT // 2:
+            heap.trim()
+            freed = 0
+    return whole.data  # type: ignore[return-value]  # all that is done with bytes here can be done with it
 
 
 def _values(piece: bytes) -> memoryview:

@@ -1,10 +1,11 @@
 """Messages to nodes and their answers, through the Grid of a ServerApp. What is in them is none of its business.
 
 Flower's own Grid waits for all objects of every reply it is told of, seconds at a time, holds them all, and tells an
-answer that cannot be had from one that is slow by giving up after two hours. Here one reply is in hand at a time; one
-that stalls steps back while another is there as a whole, and one that cannot come any more, is larger than it may be or
-falls apart is an answer without content. Whatever ends, the SuperLink is told to forget both message and reply, so its
-memory does not grow with replies that nobody reads or messages that nobody fetches.
+answer that cannot be had from one that is slow by giving up after two hours. Here one reply is in hand at a time, and
+while it is folded the first few objects of the next one come; one that stalls steps back while another is there as a
+whole, and one that cannot come any more, is larger than it may be or falls apart is an answer without content. Whatever
+ends, the SuperLink is told to forget both message and reply, so its memory does not grow with replies that nobody reads
+or messages that nobody fetches.
 
 Of Flower it uses names that are private to it; tests guard them, and the version is pinned.
 """
@@ -13,7 +14,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +30,14 @@ from flwr.supercore.retry import wrap_stub
 from flwr.superlink.grid import GrpcGrid
 
 from server.flower_objects import REASONS, Unreadable, line, opened, reason
+from server.flower_push import push
 
 log = logging.getLogger(__name__)
 
 OBJECT = 16 << 20  # bytes of one object, refused before they are read; Flower cuts arrays into pieces of 5 MB
 PIECE = 64 << 10  # no site cuts them smaller than this
 PULLS = 2  # objects under way at a time; more gains nothing
+LOOK = 0.05  # seconds between two looks for more replies while one is in hand and comes
 SHORT, LONG = 0.01, 0.2  # seconds between two questions: the longer nothing happens, the longer
 STALL = 1.0  # seconds a reply may keep others waiting by not coming
 STUCK = 600.0  # seconds after which one that does not come any further is given up; 10 MB on a very slow line
@@ -89,6 +92,8 @@ class Post:
         self._answers: deque[Answer] = deque()
         self._pause = SHORT
         self._looked_after = 0.0
+        self._looked = -LOOK
+        self._pulls: dict[str, Future[bytes]] = {}  # objects under way, by name
 
     def online(self) -> set[int]:
         return set(self._grid.get_node_ids())
@@ -99,7 +104,7 @@ class Post:
         """Send to every node its content, once uploaded if it is the same object for many. Nodes that the SuperLink
         does not take messages for are left out."""
         messages = [Message(record, node, kind, ttl=ttl) for node, record in contents.items()]
-        taken = set(self._grid.push_messages(messages))
+        taken = push(self._grid, messages, self._pool)
         letters = []
         for message in messages:
             name, node = message.metadata.message_id, message.metadata.dst_node_id
@@ -126,10 +131,12 @@ class Post:
         """The next answer, or None when there was none within `timeout` seconds."""
         until = self._clock() + timeout
         while True:
-            self._look()
+            if not (self._arrivals and self._pause == SHORT and self._clock() < self._looked + LOOK):
+                self._look()
             moved = not self._answers and self._pull()
             if self._answers:
                 self._pause = SHORT
+                self._ask()
                 return self._answers.popleft()
             if moved:
                 self._pause = SHORT
@@ -147,6 +154,7 @@ class Post:
 
     def _look(self) -> None:
         """Ask for all open letters at once which are answered."""
+        self._looked = self._clock()
         if not self._open:
             return
         try:
@@ -188,17 +196,24 @@ class Post:
         return True
 
     def _fetch(self, arrival: _Arrival) -> bool:
-        """Pull the next few objects, as far as they are there."""
-        before = len(arrival.contents)
-        wanted = arrival.missing[:PULLS]
-        for name, content in zip(wanted, self._pool.map(self._object, wanted), strict=True):
+        """Take the next few objects, as far as they are there. While one is waited for, the next is on its way."""
+        moved = False
+        for name in arrival.missing[:PULLS]:
+            self._ask()
+            content = self._pulls.pop(name).result()
             if content:
+                moved = True
                 arrival.contents[name] = content
                 arrival.size += len(content)
                 arrival.moved = self._clock()
-        if arrival.size > arrival.letter.limit:
-            raise Unreadable(f"its reply is larger than {arrival.letter.limit} bytes")
-        return len(arrival.contents) > before
+            if arrival.size > arrival.letter.limit:
+                raise Unreadable(f"its reply is larger than {arrival.letter.limit} bytes")
+        return moved
+
+    def _ask(self) -> None:
+        """Have the next few objects of the reply in hand pulled, and forget those of others."""
+        wanted = self._arrivals[0].missing[:PULLS] if self._arrivals else []
+        self._pulls = {name: self._pulls.get(name) or self._pool.submit(self._object, name) for name in wanted}
 
     def _look_after(self) -> bool:
         """The reply in hand does not come: see whether another one has, and which will not come any more."""
