@@ -203,7 +203,7 @@ def build(spec: FrameSpec, *, device: str = "cpu", progress: Progress | None = N
     keep = support.T.contiguous()
     W, evaluations, stopped = solve(spec, solver, keep.to(device), progress)
     weight = W.cpu().masked_fill(~keep, 0).contiguous()  # +0 at every zero, so that equal frames have equal bytes
-    measured, lengths = angles(weight), weight.double().norm(dim=1)
+    measured, lengths = angles(weight.to(device)), weight.double().norm(dim=1)
     report = Report(
         min_angle_deg=measured.min_deg,
         mean_angle_deg=measured.mean_deg,

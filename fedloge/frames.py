@@ -8,6 +8,7 @@ from typing import Any
 
 from common import frame
 from common.config import FrameConfig
+from common.net import best_device
 
 EXAMPLE = "example: fedloge frame --dim 512 --classes 100 --json"
 
@@ -21,6 +22,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--norm", type=float, default=default.norm, help="length of every column (%(default)s)")
     parser.add_argument("--solver", choices=("auto", "reference", "gram", "lse"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="to solve on (%(default)s)")
     parser.add_argument("--best-effort", action="store_true", help="build it even where no exact simplex exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=build)
@@ -36,7 +38,8 @@ def build(options: argparse.Namespace) -> None:
         seed=options.seed,
         best_effort=options.best_effort,
     )
-    built = frame.build(spec, progress=_show if sys.stderr.isatty() else None)
+    progress = _show if sys.stderr.isatty() else None
+    built = frame.build(spec, device=str(best_device(options.device)), progress=progress)
     report: dict[str, Any] = {**asdict(built.report), "digest": built.digest}
     if options.json:
         print(json.dumps(report))

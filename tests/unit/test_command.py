@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.errors import UserError
 from fedloge import main
@@ -136,6 +137,13 @@ def test_frame_reports_what_it_built_as_one_json_object(capsys: pytest.CaptureFi
     assert report["norm_std"] < 1e-6
     assert report["solver"] == "gram"
     assert len(report["digest"]) == 64
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_frame_on_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(frame("--device", "cuda")) == 2
+    assert "0 GPUs here: use auto or cpu" in capsys.readouterr().err
+    assert main.run(frame("--device", "auto")) == 0
 
 
 def test_frame_for_people_names_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import frame_solver
 from common.errors import UserError
@@ -297,3 +299,42 @@ def test_gradients_by_hand(objective: frame_solver.Objective, definition: object
     if objective is not frame_solver.frame_potential:
         assert value == pytest.approx(definition(W).item())
         assert worst == pytest.approx(upper(W).max().item())
+
+
+# --- memory and devices -------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor had that was made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(t.numel() for t in (out,) if isinstance(t, Tensor))])
+        return out
+
+
+def test_no_matrix_of_all_pairs_is_ever_held(monkeypatch: pytest.MonkeyPatch):
+    for module in ("common.frame", "common.frame_solver"):
+        monkeypatch.setattr(f"{module}.BLOCK", 16)
+    with Largest() as largest:
+        build(FrameSpec(24, 400, max_evaluations=20))
+    assert largest.numbers == 24 * 400  # those of the frame; a block has 16 * 400, all pairs are 400 * 400
+
+
+def test_blocks_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch):
+    spec = FrameSpec(64, 200, max_evaluations=40)
+    whole = build(spec).weight
+    monkeypatch.setattr(frame_solver, "BLOCK", 16)
+    torch.testing.assert_close(build(spec).weight, whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("classes", [10, 200])
+def test_a_frame_from_a_gpu_is_as_good(classes: int):
+    spec = FrameSpec(64, classes, max_evaluations=200)
+    here, there = build(spec), build(spec, device="cuda")
+    assert there.weight.device.type == "cpu"
+    assert there.report.min_angle_deg == pytest.approx(here.report.min_angle_deg, abs=0.1)
+    assert torch.equal(there.weight != 0, here.weight != 0)
