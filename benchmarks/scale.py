@@ -24,7 +24,7 @@ from benchmarks.overhead.measure import federation, say, together
 from benchmarks.overhead.processes import processor_seconds
 from common.errors import UserError
 
-ABOUT = "rounds per hour, memory and processor time of the server, by sites and model size"
+ABOUT = "rounds per hour, memory and processor of the server, by sites"
 EXAMPLE = "--sites 4 12 32 --models tiny medium --rounds 3"
 SMALL: Mapping[str, object] = {}  # seconds and bytes, not a ratio of two speeds
 LIMITS = {"tiny": 512, "medium": 128, "large": 32}  # sites of this model that are measured for real

@@ -32,7 +32,7 @@ from fedloge.federation import assemble
 from server import rounds
 from server.fleet import LocalFleet
 
-ABOUT = "a simulated client beyond its training, beside the bare memory traffic of its model"
+ABOUT = "a simulated client beyond its training, beside its floor"
 EXAMPLE = "--models mlp --methods fedavg --clients 20 512 2000"
 SMALL: Mapping[str, object] = {"models": ["resnet8"], "methods": ["fedavg"], "clients": [20]}
 MODELS = ("mlp", "resnet8", "resnet18")
