@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models import resnet18
 
-from common import wire
+from common import frame, wire
+from common.codec import Change, Wire
+from common.config import FrameConfig
 from common.messages import SCHEMA, Order, Reply
 from common.packed import fixed_digest
 from common.parts import Tensors, tensors
@@ -145,6 +147,67 @@ def test_bf16_leaves_other_dtypes_as_they_are(backbone: Tensors) -> None:
     assert alike(wire.decode_reply(wire.encode_reply(reply, "bf16"), "north", "bf16").shared, reply.shared)
 
 
+@QUICK
+@given(ORDERS, REPLIES, st.binary(max_size=20), WAYS)
+def test_changes_arrive_as_they_were(order: Order, reply: Reply, data: bytes, way: Way) -> None:
+    changes = {"backbone": Change("int8", data, "0a"), "b": Change("topk", data[::-1], "")}
+    sent = replace(order, changes=changes, base=DIGEST, reference="r")
+    got = wire.decode_order(way(wire.encode_order(sent, "", with_fixed=False, wire="topk")))
+    assert (got.wire, got.order.changes, got.order.base, got.order.reference) == ("topk", changes, DIGEST, "r")
+    answer = wire.decode_reply(way(wire.encode_reply(replace(reply, changes=changes), "int8")), "north", "int8")
+    assert answer.changes == changes
+    assert alike(answer.shared, reply.shared)
+
+
+FRAME = FrameConfig(norm=1.0, sparsity=0.6, seed=3)
+
+
+def framed() -> Order:
+    built = frame.build(frame.FrameSpec(24, 10, norm=1.0, sparsity=0.6, seed=3))
+    return Order(1, DIGEST, {}, {"frame": {"weight": built.weight}})
+
+
+@pytest.mark.parametrize("way", [by_objects, by_proto])
+def test_a_frame_travels_without_its_zeros(way: Way) -> None:
+    order = framed()
+    record = wire.encode_order(order, "", with_fixed=True, frame=FRAME)
+    assert len(record["parts"]["fixed/frame"].data) == 4 * 96
+    got = wire.decode_order(way(record))
+    assert alike(got.order.fixed, order.fixed)
+    assert "places" not in wire.encode_order(order, "", with_fixed=False, frame=FRAME)["order"]
+
+
+def test_a_frame_that_is_not_zero_where_its_settings_say_travels_whole() -> None:
+    dense = {"frame": {"weight": torch.randn(10, 24)}}
+    record = wire.encode_order(Order(1, DIGEST, {}, dense), "", with_fixed=True, frame=FRAME)
+    assert len(record["parts"]["fixed/frame"].data) == 4 * 240
+    assert alike(wire.decode_order(record).order.fixed, dense)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"places": [24, 10]}, "not its free values and three numbers"),
+        ({"places": [24, 10, True]}, "not its free values and three numbers"),
+        ({"places": [24.0, 10.0, 3.0]}, "not its free values and three numbers"),
+        ({"places": [25, 10, 3]}, "expected"),
+        ({"places": [24, 10, 4]}, "do not match their digest"),
+        ({"places": [2**40, 10, 3]}, "too few"),
+        ({"places": [0, 10, 3]}, "dim"),
+        ({"sparsity": 1.5}, "sparsity"),
+        ({"sparsity": float("nan")}, "sparsity"),
+        ({"sparsity": None}, "sparsity is not of type float"),
+        ({"places": None}, "'sparsity' is not expected|digest"),
+    ],
+)
+def test_a_frame_that_does_not_fit_its_places_is_refused(fields: dict[str, Any], reason: str) -> None:
+    record = wire.encode_order(framed(), "", with_fixed=True, frame=FRAME)
+    about = {name: value for name, value in {**record["order"], **fields}.items() if value is not None}
+    with pytest.raises(ValueError, match=reason) as refused:
+        wire.decode_order(RecordDict({"order": ConfigRecord(about), "parts": record["parts"]}))
+    assert one_line(refused)
+
+
 def test_bf16_halves_the_bytes() -> None:
     reply = Reply("north", 1, DIGEST, 1, {"backbone": {"w": torch.randn(100)}, "head": {"w": torch.randn(10)}})
     sizes = {name: len(array.data) for name, array in wire.encode_reply(reply, "bf16")["parts"].items()}
@@ -205,7 +268,7 @@ def test_the_number_of_objects_does_not_depend_on_the_number_of_tensors() -> Non
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_an_honest_reply_weighs_no_more_than_reply_bytes(dtype: wire.Wire) -> None:
+def test_an_honest_reply_weighs_no_more_than_reply_bytes(dtype: Wire) -> None:
     order = Order(1, DIGEST, resnet(), {})
     judged = {kind: {f"{i}": {"top1": 1 / 3} for i in range(100)} for kind in ("generic", "personal")}
     sums = {"n": torch.randn(10), "weight": torch.randn(10, 512)}
@@ -584,7 +647,7 @@ def test_objects_of_random_bytes_are_refused_or_pass(data: st.DataObject) -> Non
 # ---- a federation over it ----
 
 
-def over_the_wire(federation: Tiny, way: wire.Wire) -> list[rounds.RoundReport]:
+def over_the_wire(federation: Tiny, way: Wire) -> list[rounds.RoundReport]:
     def handler(name: str) -> Callable[[Order], Reply]:
         def handle(order: Order) -> Reply:
             received = wire.decode_order(by_objects(wire.encode_order(order, "{}", with_fixed=True, wire=way)))
