@@ -8,7 +8,8 @@ of each file one after the other, `pk_cut` their lengths, `pk_md5` the digest of
 Written, all in the original order, for the sources `cifar10` and `npz`:
   OUT/cifar-10-batches-py        bit for bit: a file whose md5 does not match is never left behind
   OUT/cifar100_lt50_train.npz    the long-tailed sets of IF .02 and .01 as they are (use them with imbalance = 1),
-  OUT/cifar100_lt100_train.npz   with the reference's normalisation; cifar100_test.npz is the full test set
+  OUT/cifar100_lt100_train.npz   with the reference's normalisation; cifar100_test.npz is the full test set;
+  OUT/cifar10_lt50_train.npz...  the same of CIFAR-10, from the packs that benchmarks.pack makes
   OUT/gtsrb_train.npz            groups: the track, one physical sign, hence of one class; and gtsrb_test.npz
 Files that exist are kept; a pack that is missing is passed over.
 """
@@ -27,13 +28,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import UserError
+from common.sources.cifar import MOMENTS
 
 Pack = dict[str, NDArray[np.generic]]
 CIFAR10 = "cifar-10-batches-py"
-CIFAR100_MOMENTS = {
-    "mean": np.array([0.50708, 0.48655, 0.44092]),
-    "std": np.array([0.26733, 0.25644, 0.27615]),
-}
 
 
 def read(path: Path) -> Pack:
@@ -97,23 +95,27 @@ def unpack(packs: Path, out: Path) -> Iterator[tuple[str, str]]:
             restore_cifar10(read(packs / pack), out / CIFAR10)
         yield f"{CIFAR10}/{last}", done
 
-    names = ("cifar100_lt50_train.npz", "cifar100_lt100_train.npz")
-    go, done = due("cifar100_lt_train.npz", *names)
-    if go:
-        arrays = read(packs / "cifar100_lt_train.npz")
-        images, labels = np.concatenate(list(strips(arrays))), arrays["labels"]
-        rows = arrays["in_if100"].astype(bool)
-        save(out / names[0], images=images, labels=labels, **CIFAR100_MOMENTS)
-        save(out / names[1], images=images[rows], labels=labels[rows], **CIFAR100_MOMENTS)
-    yield from ((name, done) for name in names)
+    for kind in ("cifar100", "cifar10"):
+        names = (f"{kind}_lt50_train.npz", f"{kind}_lt100_train.npz")
+        go, done = due(f"{kind}_lt_train.npz", *names)
+        if go:
+            arrays = read(packs / f"{kind}_lt_train.npz")
+            images, labels = np.concatenate(list(strips(arrays))), arrays["labels"]
+            rows = arrays["in_if100"].astype(bool)
+            about = dict(zip(("mean", "std"), map(np.array, MOMENTS[kind]), strict=True))
+            about |= {key: arrays[key] for key in ("classes",) if key in arrays}
+            save(out / names[0], images=images, labels=labels, **about)
+            save(out / names[1], images=images[rows], labels=labels[rows], **about)
+        yield from ((name, done) for name in names)
 
-    plain = {"cifar100_test.npz": "cifar100_test.npz", "gtsrb32_train.npz": "gtsrb_train.npz",
-             "gtsrb32_test.npz": "gtsrb_test.npz"}  # fmt: skip
+    plain = {"cifar100_test.npz": "cifar100_test.npz", "cifar10_lt_test.npz": "cifar10_test.npz",
+             "gtsrb32_train.npz": "gtsrb_train.npz", "gtsrb32_test.npz": "gtsrb_test.npz"}  # fmt: skip
     for pack, name in plain.items():
         go, done = due(pack, name)
         if go:
             arrays = read(packs / pack)
             kept = {"images": np.concatenate(list(strips(arrays))), "labels": arrays["labels"]}
+            kept |= {key: arrays[key] for key in ("classes",) if key in arrays}
             if "track" in arrays:  # tracks are numbered anew in every class
                 pairs = zip(arrays["labels"].tolist(), arrays["track"].tolist(), strict=True)
                 kept["groups"] = np.array([f"{label:02d}-{track:05d}" for label, track in pairs])
