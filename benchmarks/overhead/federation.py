@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, object]] = {
     "tiny": {"model.name": "mlp", "images.size": 16, "images.channels": 1},
     "medium": {"model.name": "resnet20", "model.norm": "group"},
     "large": {"model.name": "resnet18", "model.norm": "group"},  # 62 tensors, all of them float32
+    "huge": {"model.name": "mlp", "model.width": 3600, "images.size": 112},
 }
 START = 120.0  # seconds sites have to come online
 TICK = 0.1

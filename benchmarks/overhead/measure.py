@@ -60,22 +60,27 @@ def block_of(name: str, place: Federation, sites: int, rounds: int) -> list[floa
 
 
 def memory(model: str, sites: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Peak memory by the number of sites, and by how many models the ServerApp's is larger for most than for fewest."""
+    """Peak memory by the number of sites; by how many models, and by what factor, the ServerApp's is larger for most
+    sites than for fewest; and by how many models it is larger than with next to none, the tiny one."""
     rows: list[dict[str, Any]] = []
-    for many in sorted(sites):
-        with federation(model, many, {"federation.rounds": rounds, **together(many)}) as place, place:
+    for what, many in [("tiny", min(sites)), *((model, many) for many in sorted(sites))]:
+        with federation(what, many, {"federation.rounds": rounds, **together(many)}) as place, place:
             place.start("resident")
             seconds = [line["seconds"] for line in place.run("resident", rounds)]
             size = place.size / 1e6
             peaks = {name: round(megabytes, 1) for name, megabytes in place.peaks.items()}
         rows.append({"sites": many, "peak_megabytes": peaks, "seconds": spread(seconds[1:] or seconds)})
-        say(f"{many} sites: {peaks}")
-    least, most = (row["peak_megabytes"]["flwr-serverapp"] for row in (rows[0], rows[-1]))
+        say(f"{what}, {many} sites: {peaks}")
+    empty, *rows = rows
+    none, least, most = (row["peak_megabytes"]["flwr-serverapp"] for row in (empty, rows[0], rows[-1]))
     return {
         "model": model,
         "megabytes": round(size, 3),
         "rows": rows,
         "more_in_models": round((most - least) / size, 2),
+        "growth": round(most / least, 3),
+        "empty_megabytes": none,
+        "models_above_empty": round((max(least, most) - none) / size, 2),
     }
 
 
