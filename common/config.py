@@ -162,7 +162,7 @@ class EvaluationConfig:
     every: int = 5  # rounds between evaluations; the last round is always evaluated
     start: int = 1  # no evaluation before this round
     last: int = 4  # evaluations at the end that a result is the mean of
-    batch: int = 500  # images judged at a time
+    batch: int = 500  # images judged at a time; a processor takes 125 at most
     gain: float = 1.7  # length of the rows of the realigned generic head
     tune_epochs: int = 1  # epochs of every fine-tuned personal model
     on: Literal["test", "holdout"] = "test"  # holdout: judge by data put aside from training, to choose settings

@@ -11,6 +11,8 @@ from common.methods.method import Predictor
 from common.metrics import Groups, measure
 from common.realign import masked
 
+IN_CACHE = 125  # images at a time on a processor: the maps of more leave its caches, which costs a tenth
+
 
 class FeatureCache:
     """Features of a fixed set of images. Those of the `shared` backbone are computed once for all its heads.
@@ -24,7 +26,7 @@ class FeatureCache:
     ) -> None:
         self.images = images
         self._device = device
-        self._batch = batch
+        self._batch = batch if device.type != "cpu" else min(batch, IN_CACHE)
         self._shared = shared
         self._half = precision == "bf16"
         self._place = torch.full((len(images),), -1)  # of every image: its row in `_rows`, -1 if it has none yet

@@ -27,7 +27,7 @@ def federation(
     torch.set_num_threads(1)
     if rung in OURS:
         heap.keep()
-    with TemporaryDirectory(prefix="fedloge-bench-") as place:
+    with TemporaryDirectory(prefix="fedloge-bench-step-") as place:
         for number, name in enumerate(("train", "test")):
             _write(Path(place) / f"{name}.npz", images, number)
         config = parse(

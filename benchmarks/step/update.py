@@ -7,8 +7,6 @@ turns.
 
 import argparse
 import copy
-import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -90,5 +88,4 @@ def prepared(rung: str, **job: Any) -> Iterator[Callable[[], object]]:
 
 
 if __name__ == "__main__":
-    with prepared(**json.loads(sys.argv[1])) as work:
-        workers.serve(work)
+    workers.serve(prepared)

@@ -2,12 +2,13 @@
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _started(module: str, job: Mapping[str, Any]) -> Iterator[Worker]:
         try:
             yield Worker(child)
         finally:
-            child.kill()
+            child.terminate()
 
 
 def environment() -> dict[str, str]:
@@ -74,14 +75,16 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def serve(work: Callable[[], object]) -> None:
-    """Once to warm up, then whenever a line comes in."""
-    work()
-    print(0.0, flush=True)
-    for _ in sys.stdin:
-        began = time.process_time()
+def serve(prepared: Callable[..., AbstractContextManager[Callable[[], object]]]) -> None:
+    """The work of the job on the command line: once to warm up, then whenever a line comes in."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that it takes its files away
+    with prepared(**json.loads(sys.argv[1])) as work:
         work()
-        print(time.process_time() - began, flush=True)
+        print(0.0, flush=True)
+        for _ in sys.stdin:
+            began = time.process_time()
+            work()
+            print(time.process_time() - began, flush=True)
 
 
 def compared(seconds: Mapping[str, list[float]], images: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ That the published loop and ours give the same parameters is in test_reference.p
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,12 +92,14 @@ def test_a_site_does_the_same_update_every_time(rung: str) -> None:
     assert first.metrics == second.metrics
 
 
-def test_rungs_are_measured_in_turns() -> None:
+def test_rungs_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     [row] = judging.measure(["resnet8"], images=20, clients=2, turns=2)["rows"]
     assert row["processor_seconds"].keys() == {"reference", "fp32", "bf16"}
     for name in ("fp32", "bf16"):
         pairs = zip(row["processor_seconds"]["reference"]["all"], row["processor_seconds"][name]["all"], strict=True)
         assert row["ratios"][name]["all"] == pytest.approx([r / s for r, s in pairs], rel=0.05)
+    assert list(tmp_path.iterdir()) == []
     assert "aim: at least 2.4" in judging.table({"rows": [row]})
 
 
