@@ -44,9 +44,10 @@ format: .venv/ready  ## bring the code into shape
 bench-check: .venv/ready  ## small benchmarks: has a ratio fallen since its record? some minutes
 	$(BIN)/python -m benchmarks check
 
-tables: .venv/ready  ## make benchmarks/RESULTS.md and PERFORMANCE.md from the records
+tables: .venv/ready  ## make RESULTS.md, PERFORMANCE.md and the tables of docs/scale.md from the records
 	$(BIN)/python -m benchmarks.records tables
 	$(BIN)/python -m benchmarks.performance
+	$(BIN)/python -m benchmarks.scale_page
 
 clean:  ## remove what make and the tools left here (runs/ stays)
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

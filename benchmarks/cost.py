@@ -1,7 +1,7 @@
 """A model of what a round costs, fitted to measured federations: a number a round, one a site, one a megabyte moved.
 
     y = a + b sites + c sites megabytes        seconds of a round, processor seconds of the server, SuperLink's memory
-    y = a + b sites + c megabytes              the ServerApp's memory: a few models, however many sites there are
+    y = a + b sites + c megabytes              the ServerApp's memory: a few models; b should be nothing
 
 Least squares on relative errors, as the sizes span orders of magnitude; a coefficient that would be negative is zero.
 """

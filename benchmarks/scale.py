@@ -72,7 +72,8 @@ def measured(model: str, sites: int, rounds: int) -> dict[str, Any]:
                     of_sites = sum(processor_seconds(pid) for pid in pids)
                     spent.append({**place.processor_seconds(), "sites": of_sites})
         except UserError as error:
-            return {**row, "failed": str(error)}
+            say(str(error))
+            return {**row, "failed": str(error).partition(": see ")[0]}
     each: defaultdict[str, float] = defaultdict(float)
     for name in (*SERVER, "sites"):
         each[name] = round((spent[-1][name] - spent[0][name]) / rounds, 4)
