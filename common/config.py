@@ -138,7 +138,7 @@ class FederationConfig:
     deadline: float = 3600.0  # seconds after which a round is closed whatever is in
     failures: int = 3  # rounds in a row without a quorum after which the run is given up
     fold: Literal["arrival", "name"] = "arrival"  # name: the order of the sites' names, the same bits in every run
-    wire: Literal["fp32", "bf16", "int8", "topk"] = "fp32"  # how backbones travel; only fp32 is exact (operations.md)
+    wire: Literal["fp32", "bf16", "int8", "topk"] = "fp32"  # how backbones travel; only fp32 is exact, and resumes so
     topk: float = 0.05  # share of its values that a site sends of a backbone where wire = "topk"
     max_update: float = 0.0  # largest norm of a site's change to the shared parts; 0 accepts any finite one
     max_examples: int = 10_000_000  # no site may claim to stand for more
