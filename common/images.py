@@ -150,7 +150,7 @@ class PixelImages:
             pixels, mean, std = self._on.get(device, (self.pixels, None, None))
             if mean is None or std is None or pixels.device.type == "cpu":
                 return False
-            self._on[device] = self._at_home(), mean, std
+            self._on[device] = self.pixels, mean, std
             return True
 
     def _to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,12 +162,9 @@ class PixelImages:
                     pixels = self.pixels.to(device)
                 except torch.OutOfMemoryError:
                     log.warning("%d images do not fit into the memory of %s: they stay outside", len(self), device)
-                    pixels = self._at_home()
+                    pixels = self.pixels
                 self._on[device] = pixels, mean, std
             return self._on[device]
-
-    def _at_home(self) -> Tensor:
-        return self.pixels.pin_memory() if torch.cuda.is_available() else self.pixels
 
 
 def spread(values: Sequence[float], side: int) -> Tensor:

@@ -20,6 +20,7 @@ from common.config import Config
 from common.errors import UsageError
 from common.parts import Tensors, load, tensors
 from common.seeds import isolated
+from common.sgd import arithmetic
 
 if TYPE_CHECKING:
     from common.methods.method import Method
@@ -103,7 +104,10 @@ def build(method: "Method", task: Task) -> Net:
 
 
 def build_on(device: torch.device, method: "Method", task: Task) -> Net:
-    """The net where it is trained, in the memory layout that the settings ask for."""
+    """The net where it is trained, in the memory layout that the settings ask for; from then on this process calculates
+    as they say."""
+    if device.type == "cuda":
+        arithmetic(task.config.train)
     net = build(method, task).to(device)
     net.draws = _draws(net["backbone"], task, device)
     return net.to(memory_format=torch.channels_last) if task.config.train.layout == "channels_last" else net

@@ -43,8 +43,6 @@ class Step:
         self._total = torch.zeros((), device=device)
         for parameter in self._parameters:
             parameter.grad = None  # what others have left there
-        if cuda:
-            arithmetic(train)
 
     @property
     def state(self) -> list[Tensor]:

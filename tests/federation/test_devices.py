@@ -148,9 +148,6 @@ def test_images_for_which_a_device_has_no_room_stay_outside(caplog: pytest.LogCa
         def to(self, _: torch.device) -> torch.Tensor:
             raise FULL
 
-        def pin_memory(self) -> torch.Tensor:
-            return self.pixels.pin_memory()
-
     def made() -> PixelImages:
         pixels = torch.randint(0, 256, (9, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
         return PixelImages(pixels, torch.arange(9), list("abcdefghi"), mean=(0.5,) * 3, std=(0.5,) * 3)

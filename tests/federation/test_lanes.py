@@ -11,6 +11,7 @@ from torch import nn
 
 from common import net as nets
 from common.config import parse
+from common.engine import Recorder
 from common.errors import UserError
 from common.messages import Order, Reply
 from common.net import Task
@@ -141,6 +142,22 @@ def test_layers_that_draw_random_numbers_train_in_one_lane(
     assert [r.message for r in caplog.records if "random" in r.message] == [
         "layers of this model draw random numbers while they train: one site trains at a time"
     ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_lanes_of_a_gpu_give_the_bits_of_one_that_takes_its_steps_one_by_one(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for many, graphs in ((1, False), (1, True), (4, True)):
+        monkeypatch.setattr(Recorder, "failed", not graphs)
+        train = {**SMALL["train"], "precision": precision}
+        config = parse({**SMALL, "train": train, "run": {"device": "cuda", "lanes": many}})
+        simulate(config, tmp_path / f"{many}{graphs}", lambda _: None)
+        assert Recorder.failed != graphs
+        found.append(remains(tmp_path / f"{many}{graphs}"))
+    assert found[0] == found[1] == found[2]
 
 
 # --- scheduling ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from common.engine import Program, Recorder, run_phase
 from common.images import PixelImages
 from common.methods.method import Phase, Site
 from common.net import Net
-from common.sgd import Step, fit
+from common.sgd import Step, arithmetic, fit
 from tests.fakes import SITES, Tiny, tiny
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -198,6 +198,7 @@ def test_a_gpu_replays_what_it_would_compute_step_by_step(knobs: str, monkeypatc
     def on_gpu(graphs: bool) -> list[tuple[list[float], dict[str, Tensor]]]:
         monkeypatch.setattr(Recorder, "failed", not graphs)
         federation = tiny({"name": "fedloge"}, train=KNOBS[knobs])
+        arithmetic(federation.task.config.train)
         federation.net.to("cuda").draws = False
         sites = {n: replace(site, device=torch.device("cuda")) for n, site in federation.sites.items()}
         found = rounds(replace(federation, sites=sites), run_phase)
