@@ -4,7 +4,7 @@ The run folder holds `config.json`, `environment.json`, `events.jsonl` (one line
 result), `checkpoints/`, `sites/` (every site's local parts) and `models/` (final models, safetensors). The same
 command goes on where a run stopped; of a finished one it gives the result. A run that fails before a round of it is
 finished takes the folder it made away again. Times are in events.jsonl only, so every tensor and every figure is the
-same bit for bit whether the run was interrupted or not.
+same bit for bit whether the run was interrupted or not (but within the rounding of federation.wire int8 and topk).
 """
 
 import logging

@@ -100,6 +100,34 @@ def test_it_is_the_simulation_bit_for_bit(folder: Path, said: tuple[str, str], t
         assert tops == {predictor: values["top1"] for predictor, values in result[kind].items()}
 
 
+def test_with_coded_backbones_it_is_the_simulation_too(tmp_path: Path) -> None:
+    settings = [*SETTINGS, "federation.wire=int8"]
+    demo = started(tmp_path / "runs", *FLAGS, "--set", settings[-1])
+    _, err = demo.communicate()
+    assert demo.returncode == 0, err
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        simulate(config.load(DEMO, settings), tmp_path / "run", lambda _: None)
+    finally:
+        torch.set_num_threads(before)
+    run, name = tmp_path / "runs" / "federation" / "run", "round-000003.safetensors"
+    pairs = [(run / "checkpoints" / name, tmp_path / "run" / "checkpoints" / name)]
+    for site in sorted((tmp_path / "runs" / "sites").iterdir()):
+        for inner in (name, f"residual/{name}"):
+            [kept] = site.glob(f"store/*/{inner}")
+            pairs.append((kept, tmp_path / "run" / "sites" / site.name / inner))
+    assert len(pairs) == 9
+    for real, simulated in pairs:
+        assert parts.digest(parts.read(real)[0]) == parts.digest(parts.read(simulated)[0])
+    events = [json.loads(line)["bytes"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert all(sorted(of_round) == ["site-000", "site-001", "site-002", "site-003"] for of_round in events)
+    assert all(
+        2 * last["down"] < first["down"]
+        for first, last in zip(*[event.values() for event in (events[0], events[-1])], strict=True)
+    )
+
+
 def test_progress_fits_on_a_screen(said: tuple[str, str]) -> None:
     lines = said[1].splitlines()
     assert [line.partition(":")[0] for line in lines if line.startswith("round ")] == [
