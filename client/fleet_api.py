@@ -158,9 +158,9 @@ class FleetApi:
         return bool(_call(self._stub.PullObject, request, TRANSFER).object_found)
 
     def upload(
-        self, run_id: int, lacking: set[str], content: Callable[[str], bytes | None], large: Collection[str] = ()
+        self, run_id: int, lacking: list[str], content: Callable[[str], bytes | None], large: Collection[str] = ()
     ) -> None:
-        """Give the server what it lacks; what it has got is taken out of `lacking`."""
+        """Give the server what it lacks, in this order; what it has got is taken out of `lacking`."""
 
         def give(object_id: str) -> None:
             request = PushObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
@@ -169,7 +169,7 @@ class FleetApi:
             request.object_content = found
             if not _call(self._stub.PushObject, request, TRANSFER).stored:
                 raise Gone("the server does not wait for it any more")
-            lacking.discard(object_id)
+            lacking.remove(object_id)
 
         self._transfer(give, list(lacking), large)
 

@@ -74,6 +74,7 @@ class Node:
         self._over = False
         self._doubt = False  # whether a message may have been lost on its way
         self._answered = time.monotonic()  # when the last reply was given
+        self._came = 0.0  # seconds after the one before that the last message came
         self._slow = 0.0  # seconds the server took to answer the last question
 
     @property
@@ -119,6 +120,8 @@ class Node:
             raise UserError(f"the federation is over, but its end failed here: {answer.error.reason}")
         if self._over:
             self._membership.say("the federation is over")
+        else:  # every question costs both sides, and the next message will not come much sooner than the last did
+            time.sleep(min(max(self._came / 2, SHORT), QUICK))
 
     def _pause(self) -> float:
         """Seconds until the next question for a message, when there was none."""
@@ -149,6 +152,7 @@ class Node:
         order = self._pulled()
         if order is None:
             return None
+        self._came = time.monotonic() - self._answered
         self._outbox.begin(order.SerializeToString())
         began = time.monotonic()
         head = message_from_proto(order.messages_list[0])
@@ -220,24 +224,26 @@ class Node:
         """Announce the reply and give its objects; or drop it where nobody waits for it any more."""
         head = message_from_proto(reply.messages_list[0])
         run_id = head.metadata.run_id
-        lacking: set[str] = set()
+        tree = reply.message_object_trees[0]
+        wanted: set[str] = set()
 
         def announce() -> bool:
             # a reply is taken only once, and the answer to an earlier attempt may be lost; but the server knows it then
             known = self._outbox.tried and self._api.knows(run_id, head.metadata.message_id)
             self._outbox.try_now()
             taken, missing = self._api.announce(reply)
-            lacking.update(missing)
+            wanted.update(missing)
             return taken or known
 
         try:
             if time.time() > _expiry(head) or not self._insist(announce, FAULTS):
                 log.warning("%s: nobody waits for the reply any more: it is not sent", _title(head))
                 return
-            # the message object last: by it the server tells a reply that is there as a whole
-            last = lacking & {head.metadata.message_id}
-            lacking -= last
-            large = pieces(reply.message_object_trees[0])
+            # in the order in which the server pulls them; the message object last: by it a reply that is whole is told
+            names = dict.fromkeys(part.object_id for part in iterate_object_tree(tree))
+            last = [head.metadata.message_id] if head.metadata.message_id in wanted else []
+            lacking = [name for name in names if name in wanted and name not in last]
+            large = pieces(tree)
             self._insist(lambda: self._api.upload(run_id, lacking, self._outbox.object, large), FAULTS)
             self._insist(lambda: self._api.upload(run_id, last, self._outbox.object), FAULTS)
             log.info("%s: answered", _title(head))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.parts import Manifest, Tensors, digest, unflatten
+from common.parts import Manifest, Tensors, block_sums, digest, unflatten
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 # Nothing honest comes near these:
@@ -27,7 +27,6 @@ LINE = 200  # characters of a name
 MANIFEST = 2**17  # characters
 DIMENSIONS = 8
 ELEMENTS = 2**48
-BLOCK = 2**14  # bytes
 
 with warnings.catch_warnings():  # torch warns once that bytes cannot be written to: nobody here does
     warnings.simplefilter("ignore")
@@ -113,8 +112,6 @@ def _memory(t: Tensor) -> memoryview:
 
 def _checksum(manifest: str, data: bytes) -> str:
     """CRC-32 of the manifest, of the sums of all blocks, and of what is left: a fifth of the time that one of all bytes
-    would take. It misses words that change places within a block, which neither memory nor a network does."""
-    whole = len(data) // BLOCK
-    blocks, rest = memoryview(data)[: whole * BLOCK], memoryview(data)[whole * BLOCK :]
-    sums = np.frombuffer(blocks, np.uint64).reshape(-1, BLOCK // 8).sum(axis=1) if whole else np.empty(0, np.uint64)
-    return f"{zlib.crc32(rest, zlib.crc32(sums.data, zlib.crc32(manifest.encode()))):08x}"
+    would take, and what it misses, neither memory nor a network does."""
+    sums, rest = block_sums(data)
+    return f"{zlib.crc32(rest, zlib.crc32(sums, zlib.crc32(manifest.encode()))):08x}"

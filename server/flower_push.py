@@ -36,6 +36,7 @@ def push(grid: GrpcGrid, messages: Sequence[Message], pool: Executor) -> set[str
         content = objects[name].deflate()
         grid._stub.PushObject(PushObjectRequest(node=grid.node, run_id=run_id, object_id=name, object_content=content))
 
-    for _ in pool.map(give, response.objects_to_push):
+    lacking = set(response.objects_to_push)
+    for _ in pool.map(give, [name for name in objects if name in lacking]):  # in the order in which sites pull them
         pass
     return set(response.message_ids)

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.messages import Judgement, Order, Reply
 from common.methods.method import Method, ServerState
 from common.net import Net
-from common.parts import digest
+from common.parts import label
 from common.seeds import generator
 from server.fleet import Failure, Fleet
 from server.fold import Fold, Refused
@@ -161,7 +161,7 @@ def make_order(method: Method, state: ServerState, round: int, *, train: bool, j
     shared = {part: t for part, t in state.parts.items() if part in method.shared}
     return Order(
         round=round,
-        model=digest({f"{part}/{name}": t for part, group in shared.items() for name, t in group.items()}),
+        model=label({f"{part}/{name}": t for part, group in shared.items() for name, t in group.items()}),
         shared=shared,
         fixed={part: t for part, t in state.parts.items() if part in method.fixed},
         train=train,

@@ -112,13 +112,11 @@ class Federation:
         self._sites = [guarded(child) for child in children]
         return self._sites
 
-    def run(self, kind: Kind, rounds: int, dtype: str = "fp32") -> Iterator[dict[str, Any]]:
+    def run(self, kind: Kind, rounds: int) -> Iterator[dict[str, Any]]:
         """Start a run, and give what is known of every round as it ends."""
         out = self.folder / "rounds.jsonl"
         out.touch()
-        more: dict[str, object] = (
-            {"dtype": dtype} if kind == "resident" else {"sites": len(self.names), "rounds": rounds}
-        )
+        more: dict[str, object] = {} if kind == "resident" else {"sites": len(self.names), "rounds": rounds}
         id = self._start_run(HERE / kind, {"federation": self.folder, "out": out, **more})
         told, looked = 0, time.monotonic()
         while told < rounds:
@@ -138,7 +136,7 @@ class Federation:
 
     def wait(self) -> None:
         """Start a run that has nothing to do, as its sites never are enough."""
-        self._start_run(HERE / "resident", {"federation": self.folder, "out": os.devnull, "dtype": "fp32"})
+        self._start_run(HERE / "resident", {"federation": self.folder, "out": os.devnull})
         end = time.monotonic() + START
         while "flwr-serverapp" not in self._known().values():
             if time.monotonic() > end:

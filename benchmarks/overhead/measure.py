@@ -32,7 +32,8 @@ def overhead(models: Sequence[str], sites: int, rounds: int, blocks: int) -> dic
         about = {}
         for block in range(blocks):
             for name in KINDS:
-                with federation(model, sites, {"federation.rounds": rounds + 1, **together(sites)}) as place:
+                wire = {"federation.wire": name.partition(" ")[2] or "fp32"}
+                with federation(model, sites, {"federation.rounds": rounds + 1, **wire, **together(sites)}) as place:
                     about = {"megabytes": round(place.size / 1e6, 3), "tensors": place.tensors}
                     took = block_of(name, place, sites, rounds + 1)[1:]
                 say(f"{model}, block {block + 1} of {blocks}: {name} {statistics.median(took):.3f} s a round")
@@ -53,7 +54,7 @@ def block_of(name: str, place: Federation, sites: int, rounds: int) -> list[floa
             lines = list(place.run("stock", rounds))
         else:
             place.start("resident")
-            lines = list(place.run("resident", rounds, dtype=name.partition(" ")[2] or "fp32"))
+            lines = list(place.run("resident", rounds))
     if any(line["sites"] < sites for line in lines):
         raise UserError(f"{name}: a site was missing in a round: measure again on a machine that is less busy")
     return [line["seconds"] for line in lines]

@@ -82,7 +82,7 @@ class Site:
     def give(self, request: PushMessagesRequest, content: Callable[[str], bytes]) -> None:
         taken, lacking = self.api.announce(request)
         assert taken
-        self.api.upload(request.messages_list[0].metadata.run_id, lacking, content)
+        self.api.upload(request.messages_list[0].metadata.run_id, list(lacking), content)
 
     def forge(self, order: Message, root: bytes, children: dict[str, "Content"]) -> None:
         """A reply whose message object is `root`, with these objects below it."""

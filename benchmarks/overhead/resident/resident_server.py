@@ -30,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
     def names() -> dict[int, str]:
         return {node: seen.name for node, seen in link.nodes().items() if seen.name}
 
-    fleet = FlowerFleet(grid, plan.settings(), names, config["dtype"])
+    fleet = FlowerFleet(grid, plan.settings(), names, plan.config.federation.wire)
     last = time.monotonic()
 
     def note(report: rounds.RoundReport) -> None:
