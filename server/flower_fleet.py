@@ -108,7 +108,8 @@ class FlowerFleet:
         there = {node.name: node for node in self._nodes.values() if node.card is not None}
         gone = [Failure(name, GONE) for name in names if name not in there]
         exchange = FlowerExchange(self, order, gone, self._clock() + deadline)
-        exchange.send([there[name] for name in names if name in there])
+        if here := [there[name] for name in names if name in there]:
+            exchange.send(here)
         return exchange
 
     def send(self, order: Order, nodes: Sequence[_Node], closes: float) -> list[Letter]:
