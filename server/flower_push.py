@@ -22,6 +22,8 @@ from flwr.superlink.grid import GrpcGrid
 
 def push(grid: GrpcGrid, messages: Sequence[Message], pool: Executor) -> set[str]:
     """The ids of the messages that the SuperLink takes. What many have in them is uploaded once."""
+    if not messages:
+        return set()
     run_id, objects, request = grid.run.run_id, dict[str, InflatableObject](), PushAppMessagesRequest()
     with no_object_id_recompute():
         for message in messages:
