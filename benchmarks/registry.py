@@ -8,6 +8,7 @@ from typing import Any, Protocol
 NAMES = {
     "step": "benchmarks.step.update",
     "eval": "benchmarks.step.judging",
+    "engine": "benchmarks.engine_bench",
     "overhead": "benchmarks.overhead.rounds",
     "memory": "benchmarks.overhead.memory",
     "idle": "benchmarks.overhead.idle",
