@@ -13,6 +13,7 @@ from common import engine
 from common.engine import Program, Recorder, run_phase
 from common.images import PixelImages
 from common.methods.method import Phase, Site
+from common.methods.tune import _ahead
 from common.net import Net
 from common.sgd import Step, arithmetic, fit
 from tests.fakes import SITES, Tiny, tiny
@@ -190,6 +191,18 @@ def test_the_update_is_that_of_torchs_own_sgd() -> None:
         optimizer.step()
     assert torch.equal(mine.weight, theirs.weight)
     assert torch.equal(mine.bias, theirs.bias)
+
+
+def test_features_computed_ahead_are_those_of_the_batches() -> None:
+    """What a GPU tunes a head on."""
+    federation = tiny({"name": "fedavg-ft"}, train={"batch": 4})
+    site, backbone = federation.sites["north"].site(1), federation.net["backbone"].eval()
+    found = list(_ahead(backbone, site, "tune", 0))
+    for (f, y), (x, labels) in zip(found, site.batches("tune", 0), strict=True):
+        torch.testing.assert_close(f, backbone(x))
+        assert torch.equal(y, labels)
+        assert not f.requires_grad
+    assert [len(y) for _, y in found] == [4, 4, 4, 4, 4, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
