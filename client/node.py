@@ -95,7 +95,7 @@ class Node:
                     self._turn()
             finally:
                 # the SuperLink would drop the last reply if its node said farewell before it is collected
-                self._membership.leave(farewell=not self._over)
+                self._membership.leave(farewell=not self._over and not self._spent())
 
     def _turn(self, only_owed: bool = False) -> None:
         """Ask for a message and see it through, or wait a moment."""

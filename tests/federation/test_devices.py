@@ -5,12 +5,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from client import devices, participant
+from client import devices, node, participant
 from client.devices import wished
 from client.member import Member
 from client.refusal import Refusal, cause
@@ -132,6 +133,23 @@ def test_a_client_begins_anew_with_the_same_command(play: Play, monkeypatch: pyt
     monkeypatch.setattr(os, "execv", lambda _, words: begun.append(words))
     site_verb._begin_anew(play("cuda").member)
     assert begun == [["python", "-m", "fedloge", "client", "north.kit", "--device", "cpu"]]
+
+
+def test_a_node_whose_app_is_spent_ends_once_it_has_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a farewell, after which the server would never get that answer."""
+    left: list[bool] = []
+
+    def leave(farewell: bool) -> None:
+        left.append(farewell)
+
+    membership = SimpleNamespace(insist=None, start=lambda: None, leave=leave)
+    monkeypatch.setattr(node, "FleetApi", lambda _: SimpleNamespace(key=b"key"))
+    monkeypatch.setattr(node, "Membership", lambda *_: membership)
+    turns: list[bool] = []
+    monkeypatch.setattr(node.Node, "_turn", lambda _, only_owed=False: turns.append(only_owed))
+    node.Node(None, tmp_path, None, {}, spent=lambda: len(turns) > 2).run()  # type: ignore[arg-type]
+    assert turns == [True, False, False]
+    assert left == [False]
 
 
 def test_images_for_which_a_device_has_no_room_stay_outside(caplog: pytest.LogCaptureFixture) -> None:
