@@ -7,7 +7,8 @@ form a part of their own, `norms`, which no method shares.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -79,6 +80,19 @@ class Net(nn.Module):
         mine = self.parts()
         for part, given in values.items():
             load(mine[part], given)
+
+    @contextmanager
+    def stowed(self) -> Iterator[None]:
+        """Without its values, which are lost, and without the memory for them."""
+        places = [*self.parameters(), *self.buffers()]
+        shapes = [(t.shape, t.stride()) for t in places]
+        for t in places:
+            t.data = t.new_empty(0)
+        try:
+            yield
+        finally:
+            for t, (shape, stride) in zip(places, shapes, strict=True):
+                t.data = t.new_empty_strided(shape, stride).zero_()
 
     def train_only(self, parts: Collection[str]) -> None:
         """Put `parts` in training mode and freeze the rest altogether: no gradient, no moving statistic."""

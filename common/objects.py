@@ -93,7 +93,7 @@ def _joined(pieces: Sequence[str], contents: dict[str, bytes], uses: Counter[str
         if not uses[piece]:
             freed += len(values)
             del values, contents[piece]
-        if freed > heap.KEPT // 2:
+        if len(whole) > heap.KEPT and freed > heap.KEPT // 8:
             heap.trim()
             freed = 0
     return whole.data  # type: ignore[return-value]  # all that is done with bytes here can be done with it

@@ -127,7 +127,10 @@ class _Run:
         self._began = time.monotonic()
         self._paces: deque[float] = deque(maxlen=PACE)
         self._hooks = rounds.Hooks(
-            self._after, self._during, judge=lambda round: run_folder.evaluated(self.config, round)
+            self._after,
+            self._during,
+            judge=lambda round: run_folder.evaluated(self.config, round),
+            collecting=self.net.stowed,
         )
 
     def go(self, found: Checkpoint) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,6 +64,7 @@ class Hooks:
     after: Callable[[RoundReport], None] = lambda _: None  # every round that counted
     during: Callable[[Standing], None] = lambda _: None  # whenever an open round's standing changes
     judge: Callable[[int], bool] = lambda _: False  # whether sites judge the state after this round
+    collecting: Callable[[], AbstractContextManager[None]] = nullcontext  # around the time replies are waited for
 
 
 def run(
@@ -111,7 +113,8 @@ def one_round(
     order = make_order(method, state, state.round + 1, train=True, judge=state.round > 0 and hooks.judge(state.round))
     chosen = choose(names, policy.fraction, seed, order.round) if enough else []
     fold = Fold(order, method.statistics(workspace), method.objection, policy.max_examples, policy.max_update)
-    answers = _collect(fleet, order, chosen, policy, hooks, clock, fold.add)
+    with hooks.collecting():
+        answers = _collect(fleet, order, chosen, policy, hooks, clock, fold.add)
     new = state
     if answers.counts:
         mean, sums = fold.result()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from common import models, parts
-from common.config import ModelConfig
+from common.config import ModelConfig, parse
 from common.errors import UsageError, UserError
+from common.net import Task, build_on
 from common.seeds import isolated
 
 SMALL = ("resnet8", "resnet20", "cnn", "mlp")
@@ -301,3 +302,15 @@ def test_weights_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     assert f"{path}: cannot be read" in refusal("mlp", weights=str(path))
     path.write_bytes(b"no weights")
     assert f"{path}: is damaged or not a safetensors file" in refusal("mlp", weights=str(path))
+
+
+def test_a_stowed_net_has_no_values_and_then_room_for_new_ones() -> None:
+    task = Task(parse({"model": {"name": "resnet8"}}), ("a", "b"), 3, 32)
+    net = build_on(torch.device("cpu"), task.config.method, task)
+    before = {part: parts.snapshot(values) for part, values in net.parts().items()}
+    strides = [t.stride() for t in net.parameters()]
+    with net.stowed():
+        assert not any(t.numel() for t in [*net.parameters(), *net.buffers()])
+    net.load(before)
+    assert [t.stride() for t in net.parameters()] == strides
+    assert all(torch.equal(t, before[part][name]) for part, values in net.parts().items() for name, t in values.items())

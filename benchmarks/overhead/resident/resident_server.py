@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
             out.write(json.dumps(line) + "\n")
         last = time.monotonic()
 
-    hooks = rounds.Hooks(after=note)
+    hooks = rounds.Hooks(after=note, collecting=net.stowed)
     rounds.run(fleet, method, method.init(net, task), net, plan.config.federation, plan.config.seed, hooks)
     fleet.over()
     fleet.close()
