@@ -52,7 +52,8 @@ CPU_SCALE = (
     Row("fedetf", (1,), "fedetf"),
     Row("creff", (1,), "creff"),
 )
-# The fp32 row is cpu-scale's fedloge-norm1.
+# The fp32 row of both is cpu-scale's fedloge-norm1.
+PRECISION = (Row("bf16", THREE, "fedloge", ("train.precision=bf16",)),)
 WIRE = tuple(Row(wire, THREE, "fedloge", (f"federation.wire={wire}",)) for wire in ("bf16", "int8", "topk"))
 # How the demo's frame norm and rounds were chosen: on images put aside from every site's training set.
 DEMO_CHOICE = tuple(
@@ -87,6 +88,7 @@ PUBLISHED = {
 FAMILIES = {
     "cpu-scale": (HERE / "experiments" / "cpu-scale.toml", CPU_SCALE),
     "wire": (HERE / "experiments" / "cpu-scale.toml", WIRE),
+    "precision": (HERE / "experiments" / "cpu-scale.toml", PRECISION),
     "demo-choice": (HERE.parent / "fedloge" / "demo.toml", DEMO_CHOICE),
     **PUBLISHED,
 }
