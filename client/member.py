@@ -151,7 +151,7 @@ class Member:
                 return None
             if not isinstance(error, torch.OutOfMemoryError) and not failed(error):
                 raise
-            self._work = None
+            self._drop()
             if self._spare is None:
                 self.lost = failed(error)
                 raise
@@ -161,9 +161,15 @@ class Member:
 
     def _room(self) -> bool:
         """Make some in the memory of the GPU; whether there was anything to take out of it."""
-        self._work = None
+        self._drop()
         found = [held for held in self._images[1:] if isinstance(held, PixelImages)] if self._images else []
         return True in [images.stay_home(self.device) for images in found]
+
+    def _drop(self) -> None:
+        """Forget the net and what is recorded of its steps, which know each other."""
+        if self._work is not None:
+            self._work.participant.net.engine = None
+        self._work = None
 
     def over(self) -> None:
         """The server has said that nothing more will come."""
@@ -227,7 +233,7 @@ class Member:
         """What the settings ask for, made anew only when they are others than before."""
         if self._work is not None and self._work.settings == settings:
             return self._work
-        self._work = None  # its net and this one need not fit into memory together
+        self._drop()  # its net and this one need not fit into memory together
         task, wish = self._agreed(settings)
         policy = task.config.federation
         train, judged_on = self._read(wish)
