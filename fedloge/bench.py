@@ -11,8 +11,8 @@ from common.errors import UserError
 
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = verbs.add_parser("bench", help="measure what everything costs here", add_help=False)
-    parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    parser.add_argument("--help", "-h", action="store_true", help="what can be measured")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the name of a benchmark and its options")
     parser.set_defaults(run=run)
 
 
