@@ -1,7 +1,6 @@
 """One thread in every test: results do not depend on the machine's cores, and the suite shares them fairly."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,11 +9,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test becomes another program: the suite would end there, with whatever status that ends with."""
     for name in ("execv", "execve", "_exit"):
         monkeypatch.setattr(os, name, _refuse)
-    yield
 
 
 def _refuse(*words: object) -> None:
