@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 OVER = "query.over"  # the last message (common.wire's; that one loads torch, and a killed node shall be back before)
 SHORT, QUICK, IDLE = 0.02, 0.2, 1.0  # seconds between two questions for a message
 HASTE, CALM = 0.2, 0.02  # of the time that it has not come yet: so much later it is noticed, up to QUICK, up to IDLE
-PATIENT = 10.0  # times the server took to answer the last question: one with very many sites is asked less often
+PATIENT, LONG = 10.0, 2.0  # times the server took to answer: one with very many sites is asked less often, up to LONG
 FAULTS = 10  # failures of the server, not of the network, after which a message is given up
 LONGEST = 300  # characters of an error that go to the server
 
@@ -127,7 +127,7 @@ class Node:
         """Seconds until the next question for a message, when there was none."""
         waited = time.monotonic() - self._answered
         soon = min(max(HASTE * waited, SHORT), max(QUICK, CALM * waited), IDLE)
-        return max(soon, min(PATIENT * self._slow, waited))
+        return max(soon, min(PATIENT * self._slow, waited, LONG))
 
     def _owed(self) -> PushMessagesRequest | None:
         """What was under way when the node was killed or the server was lost: its reply, or word that there is none."""
@@ -169,15 +169,16 @@ class Node:
         gives again, and goes on waiting for."""
 
         def pull() -> PullMessagesResponse | None:
+            asked = time.monotonic()
             try:
-                return self._api.pull()
+                order = self._api.pull()
             except Unreachable:
                 self._doubt = True
                 raise
+            self._slow = time.monotonic() - asked
+            return order
 
-        asked = time.monotonic()
         order = self._insist(pull)
-        self._slow = time.monotonic() - asked
         if order is None and self._doubt:
             self._doubt = False
             self._membership.step_out()
