@@ -168,10 +168,11 @@ class Supervisor:
             return not alive(self._app)
         if not PROC.exists():  # its end shows in the run, a minute later
             return False
+        appeared = self._status().run != ""  # asked before we look for its process: it may start in between
         self._app = serverapp(self._run)
-        if self._app is None and time.monotonic() - self._began > APPEARS:
+        if self._app is None and not appeared and time.monotonic() - self._began > APPEARS:
             raise Failed("the ServerApp does not start", link=True)
-        return False
+        return self._app is None and appeared  # it lived and died between two looks
 
     def _status(self) -> Status:
         """That of our run: the file may still be that of the one before."""

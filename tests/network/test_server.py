@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import pytest
@@ -165,6 +166,32 @@ def test_whatever_is_killed_is_started_again(federation: Federation, fedloge: He
     assert done.code == 0, done.err
     assert f"{told}: starting again after round 0" in done.err
     assert federation.starts() == 2
+
+
+def test_a_serverapp_that_dies_before_anybody_saw_it_is_started_again(
+    federation: Federation, fedloge: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = Event()
+
+    def slow(run: Path) -> int | None:  # a machine so busy that the first look for the process comes too late
+        killed.wait(60)
+        return superlink.serverapp(run)
+
+    def kill() -> None:
+        federation.wait_for_round(1)
+        os.kill(federation.process("flwr-serverapp"), signal.SIGKILL)
+        killed.set()
+        until(lambda: federation.starts() == 2)
+        federation.hold(False)
+
+    monkeypatch.setattr(supervisor, "serverapp", slow)
+    federation.hold(True)
+    with ThreadPoolExecutor() as pool:
+        killing = pool.submit(kill)
+        done = fedloge("server", federation.folder, "--rounds", 2)
+        killing.result()
+    assert done.code == 0, done.err
+    assert "the ServerApp was killed: starting again after round 0" in done.err
 
 
 def test_nothing_is_left_of_a_killed_server_and_the_next_one_goes_on(federation: Federation, fedloge: Here) -> None:
