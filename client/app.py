@@ -1,8 +1,8 @@
 """The Flower app of a site: `app` turns messages into calls of its `Member` and back.
 
 The resident node calls it in its own process; a stock SuperNode starts a process for every message. Both give it the
-same node_config: `kit`, `data`, `state` and, if wanted, `key`, `test`, `device`, `threads` and `share-counts`. An
-error that it raises is a `Refusal`, whose text goes to the server and holds no path.
+same node_config: `kit`, `data`, `state` and, if wanted, `key`, `test`, `device`, `threads`, `share-counts` and
+`keep-statistics`. An error that it raises is a `Refusal`, whose text goes to the server and holds no path.
 """
 
 import logging
@@ -50,6 +50,7 @@ def made(config: NodeConfig) -> Member:
         test=paths.get("test"),
         device=str(config.get("device", "auto")),
         share_counts=bool(config.get("share-counts", False)),
+        keep_statistics=bool(config.get("keep-statistics", False)),
     )
 
 

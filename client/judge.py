@@ -23,7 +23,7 @@ def judge(
     net, method, site = participant.net, participant.method, participant.site(round)
     return {
         "generic": evaluate(method.served(net, participant.task), cache, index, by),
-        "personal": evaluate(method.personal(net, site), cache, index, by, site.support),
+        "personal": evaluate(method.deployed(net, site), cache, index, by, site.support),
     }
 
 

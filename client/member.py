@@ -36,6 +36,12 @@ from common.net import Task, build_on
 
 log = logging.getLogger(__name__)
 
+SENT = (
+    "how many images of each class there are here and their mean features are sent, which tell the operator of the "
+    "classes but hold no image; --keep-statistics keeps them"
+)
+KEPT = "this site keeps its own to itself and uses the heads of the others"
+
 
 class Ticket(Protocol):
     """What of a kit counts here."""
@@ -80,6 +86,7 @@ class Member:
         test: Path | None = None,
         device: str = "auto",
         share_counts: bool = False,
+        keep_statistics: bool = False,
         notify: Callable[[Told], None] = lambda _: None,
     ) -> None:
         """Look at the data at `place`, and refuse what cannot work before anybody is told of this site."""
@@ -91,6 +98,8 @@ class Member:
         state.mkdir(parents=True, exist_ok=True)
         self.data = data.load(place, test, ticket.classes, ticket.name, state / "splits.json")
         self._share_counts = share_counts
+        self._keep_statistics = keep_statistics
+        self._told_of_statistics = False
         self._fixed = Fixed(state / "fixed.safetensors")
         self._reference = Reference()
         self._images: tuple[ImagesConfig, Images, Images] | None = None
@@ -133,6 +142,8 @@ class Member:
             order = self._reference.take(order)
             while (reply := self._attempt(order, settings, fixed_digest, wire)) is None:
                 pass
+            if order.centre is not None:
+                return reply
             told_now = self._note(order, reply, time.monotonic() - began)
         self.notify(told_now)
         return reply
@@ -144,6 +155,8 @@ class Member:
             if wire not in (None, work.wire):
                 raise Refusal(f"the order travels as {wire}, and its settings say federation.wire = {work.wire}")
             order = replace(order, fixed=self._fixed.take(order.fixed, fixed_digest))
+            if order.centre is not None:
+                return self._count(work, order)
             return self._train(work, order) if order.train else self._finish(work, order)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) and self._room():
@@ -190,6 +203,14 @@ class Member:
             judged = self._judge(work, order.round - 1)
         reply = replace(site.handle(order), judged=judged)  # it fills the net anew: judging leaves no trace
         return work.residual.code(reply, order.shared.get(PART, {}))
+
+    def _count(self, work: _Work, order: Order) -> Reply:
+        """Class statistics of the order's backbone, unless this site keeps them to itself."""
+        if not self._told_of_statistics:
+            log.warning("the server computes heads from class statistics: %s", KEPT if self._keep_statistics else SENT)
+            self._told_of_statistics = True
+        reply = work.participant.handle(order)
+        return replace(reply, sums={}) if self._keep_statistics else reply
 
     def _finish(self, work: _Work, order: Order) -> Reply:
         """Keep the personal model of the final parts and say how good both are."""

@@ -9,12 +9,14 @@ from torch import Tensor
 from client.store import Store
 from client.train import train
 from common.errors import UserError
+from common.evaluation import features_of
 from common.images import Images
 from common.messages import Order, Reply
 from common.methods.method import Method, Site
 from common.net import Net, Task, fresh, roles
 from common.parts import Tensors
 from common.seeds import isolated
+from common.statistics import Sums
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,14 @@ class Participant:
         )
 
     def handle(self, order: Order) -> Reply:
-        """Train one round from the order's parts, keep the local parts, return the shared ones.
+        """Train one round from the order's parts, keep the local parts, return the shared ones; or count, if asked to.
 
         The reply's tensors are the workspace's own, so they are good until the next order: fold or encode them first.
         """
+        if order.centre is not None:
+            self.net.load(order.shared)
+            counted = self.count(order.centre).tensors()
+            return Reply(self.name, order.round, order.model, len(self.train_index), {}, counted)
         self.prepare({**order.shared, **order.fixed}, before=order.round)
         shared, _, local = roles(self.method, self.net)
         site = self.site(order.round)
@@ -79,6 +85,15 @@ class Participant:
             self.method.start(self.net)
         else:
             self.net.load(kept)
+
+    def count(self, centre: Tensor) -> Sums:
+        """The class statistics of the training images as they are, by the backbone of the net, about `centre`."""
+        backbone, centre = self.net["backbone"], centre.to(self.device)
+        sums = Sums.nothing(len(self.task.classes), len(centre), self.device)
+        batch, precision = self.task.config.evaluation.batch, self.task.config.train.precision
+        for f, y in features_of(backbone, self.images, self.train_index, self.device, batch, precision):
+            sums.add(f.double() - centre, y)
+        return sums
 
     def has_trained(self) -> bool:
         """Whether the personal model rests on training of this site; without local parts it always does."""

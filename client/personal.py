@@ -41,14 +41,14 @@ def join(participant: Participant, received: dict[str, Tensors], after: int, rou
     if local:
         mine = net.parts()
         participant.store.save(after, {part: mine[part] for part in sorted(local)})
-    return method.personal(net, site)
+    return method.deployed(net, site)
 
 
 def save(participant: Participant, round: int, path: Path, generic: nn.Module | None = None) -> None:
     """Write the personal model by the values that the participant's net holds after `round`. The backbone is left out
     where it is `generic`, which generic.safetensors beside it holds."""
     classes = participant.task.classes
-    name, predictor = next(iter(participant.method.personal(participant.net, participant.site(round)).items()))
+    name, predictor = next(iter(participant.method.deployed(participant.net, participant.site(round)).items()))
     own = predictor.features is not generic
     tensors = parts.prefixed("head", predictor.head)
     if own:

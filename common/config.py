@@ -165,6 +165,7 @@ class EvaluationConfig:
     batch: int = 500  # images judged at a time; a processor takes 125 at most
     gain: float = 1.7  # length of the rows of the realigned generic head
     tune_epochs: int = 1  # epochs of every fine-tuned personal model
+    statistics: bool = False  # true: judge heads computed from class statistics as well, which sites send as sums
     on: Literal["test", "holdout"] = "test"  # holdout: judge by data put aside from training, to choose settings
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """Running predictors over images, with one pass for all heads on the same backbone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,18 @@ from common.metrics import Groups, measure
 from common.realign import masked
 
 IN_CACHE = 125  # images at a time on a processor: the maps of more leave its caches, which costs a tenth
+
+
+@torch.no_grad()
+def features_of(
+    features: nn.Module, images: Images, index: Tensor, device: torch.device, batch: int, precision: str = "fp32"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(f in fp32, y) of images as they are, by a backbone as it is when deployed, some images at a time."""
+    features.eval()
+    size = batch if device.type != "cpu" else min(batch, IN_CACHE)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):  # one, as it casts weights once
+        for x, y in images.batches(index, size, device):
+            yield features(x).float(), y
 
 
 class FeatureCache:
@@ -26,9 +38,9 @@ class FeatureCache:
     ) -> None:
         self.images = images
         self._device = device
-        self._batch = batch if device.type != "cpu" else min(batch, IN_CACHE)
+        self._batch = batch
         self._shared = shared
-        self._half = precision == "bf16"
+        self._precision = precision
         self._place = torch.full((len(images),), -1)  # of every image: its row in `_rows`, -1 if it has none yet
         self._rows: Tensor | None = None
 
@@ -44,11 +56,9 @@ class FeatureCache:
         assert self._rows is not None
         return self._rows[self._place[index].to(self._rows.device)]
 
-    @torch.no_grad()
     def _compute(self, features: nn.Module, index: Tensor) -> Tensor:
-        features.eval()
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):  # one, as it casts weights once
-            return torch.cat([features(x).float() for x, _ in self.images.batches(index, self._batch, self._device)])
+        found = features_of(features, self.images, index, self._device, self._batch, self._precision)
+        return torch.cat([f for f, _ in found])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from common import models
+from common import models, statistics
 from common.config import Config
 from common.errors import UsageError
 from common.parts import Tensors, load, tensors
@@ -110,7 +110,10 @@ def build(method: "Method", task: Task) -> Net:
     """
     made = {}
     dim = 0
-    for part, make in method.makers(task).items():
+    makers = method.makers(task)
+    if method.surveyed(task):
+        makers = {**makers, statistics.PART: lambda dim: statistics.StatisticsHead(len(task.classes), dim)}
+    for part, make in makers.items():
         with isolated(task.config.seed, "init", part):
             made[part] = make(dim)
         dim = dim or int(made["backbone"].feature_dim)  # type: ignore[arg-type]
@@ -153,7 +156,7 @@ def fresh(method: "Method", task: Task, net: Net, parts: Iterable[str], client: 
 def roles(method: "Method", net: Net) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     """(shared, fixed, local) parts that `net` really has; whatever is neither shared nor fixed stays local."""
     parts = frozenset(net.parts())
-    return parts & method.shared, parts & method.fixed, parts - method.shared - method.fixed
+    return parts & method.shared, parts & method.issued, parts - method.shared - method.issued
 
 
 def best_device(wish: str) -> torch.device:

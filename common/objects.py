@@ -7,7 +7,7 @@ name a piece, twice more to send it, and three times to put an Array together.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
@@ -18,6 +18,8 @@ from flwr.supercore.inflatable.inflatable_object import get_object_body, get_obj
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from common import heap
+
+BARE = 2**21 + 2**19  # bytes that no object without values comes near: fields and manifests
 
 
 class _Piece(ArrayChunk):
@@ -48,6 +50,30 @@ def flat(dtype: str, count: int, stype: str, data: bytes) -> Array:
     pieces = [_Piece(view[begin : begin + size]) for begin in range(0, len(view), size)]
     array.__dict__["_chunks"] = [(piece.object_id, piece) for piece in pieces]  # where Flower keeps its own
     return array
+
+
+def check_objects(contents: Mapping[str, bytes], limit: int) -> None:
+    """ValueError if pulled Flower objects would grow beyond `limit` bytes: ask before they are inflated.
+
+    Flower puts an Array together from the chunks it lists, and a hostile one lists a chunk any number of times, or
+    other Arrays in place of chunks.
+    """
+    total = 0
+    try:
+        heads = {name: get_object_head_values_from_object_content(content)[:2] for name, content in contents.items()}
+        for name, (kind, children) in heads.items():
+            if kind == Array.__qualname__:
+                listed = json.loads(get_object_body(contents[name], Array))["arraychunk_ids"]
+                total += sum(len(contents[children[i]]) for i in listed)
+                sound = all(heads[child][0] == ArrayChunk.__qualname__ for child in children)
+            else:
+                sound = kind == ArrayChunk.__qualname__ or len(contents[name]) <= BARE
+            if not sound:
+                raise ValueError
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError("its Flower objects do not hang together") from None
+    if total > limit:
+        raise ValueError(f"its arrays would be {total} bytes, more than {limit}")
 
 
 def inflated(message_id: str, contents: dict[str, bytes]) -> Message:

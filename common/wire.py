@@ -22,15 +22,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from flwr.app.message.arraychunk import ArrayChunk
-from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_head_values_from_object_content
+from torch import Tensor
 
 from common.codec import CODED, PART, WIRES, Change, Wire
 from common.config import FrameConfig
 from common.fields import end, judgement, line, metrics, take, text
 from common.messages import SCHEMA, Order, Reply
 from common.objects import flat
-from common.packed import MANIFEST, Packed, check_name, fixed_digest, shown
+from common.packed import Packed, check_name, fixed_digest, shown
 from common.packed_frame import with_zeros, without_zeros
 from common.parts import Manifest, Tensors
 
@@ -43,6 +42,7 @@ VERSION = importlib.metadata.version("fedloge")  # sites of another are refused
 
 RAW = "fedloge.raw"  # the `stype` of our Arrays
 CHANGE = "fedloge.change"  # that of a change
+CENTRE = "centre"  # the part, and the name in it, of what features are taken about
 ROUNDED = f"shared/{PART}"  # what bf16 is for
 FRAME = "fixed/frame"  # what is sent without its zeros
 PARTS = 16  # nothing honest comes near this and the next ones
@@ -82,6 +82,8 @@ def encode_order(
     parts = {f"shared/{part}": t for part, t in order.shared.items()}
     if with_fixed:
         parts |= {f"fixed/{part}": t for part, t in order.fixed.items()}
+    if order.centre is not None:
+        parts[CENTRE] = {CENTRE: order.centre}
     about = {
         "schema": order.schema,
         "round": order.round,
@@ -114,12 +116,15 @@ def decode_order(record: RecordDict) -> Received:
         fixed=fixed,
         train=take(about, "train", bool),
         judge=take(about, "judge", bool),
+        centre=_centre(parts),
         changes=changes,
         base=line(about, "base"),
         reference=line(about, "reference"),
     )
     if order.changes and not order.base:
         raise ValueError("it holds a change from nothing")
+    if order.centre is not None and (order.train or order.judge):
+        raise ValueError("it asks for statistics and for something else")
     received = Received(order, text(about, "settings", SETTINGS), named, _wire(about))
     end(about, parts)
     return received
@@ -199,35 +204,12 @@ def decode_card(record: RecordDict) -> Card:
 
 def reply_bytes(order: Order, statistics: Mapping[str, tuple[int, ...]]) -> int:
     """More than the Flower objects of an honest reply weigh together, before and after they are inflated."""
-    total = OVERHEAD + 4 * sum(math.prod(shape) for shape in statistics.values())
+    width = 4 if order.centre is None else 8  # class statistics are float64
+    total = OVERHEAD + width * sum(math.prod(shape) for shape in statistics.values())
     if order.train:
         for part in order.shared.values():
             total += sum(t.nbytes for t in part.values()) + len(Manifest.of(part).as_json())
     return total + total // 64  # heads of objects and names of chunks, should a site cut smaller ones
-
-
-def check_objects(contents: Mapping[str, bytes], limit: int) -> None:
-    """ValueError if pulled Flower objects would grow beyond `limit` bytes: ask before they are inflated.
-
-    Flower puts an Array together from the chunks it lists, and a hostile one lists a chunk any number of times, or
-    other Arrays in place of chunks.
-    """
-    total = 0
-    try:
-        heads = {name: get_object_head_values_from_object_content(content)[:2] for name, content in contents.items()}
-        for name, (kind, children) in heads.items():
-            if kind == Array.__qualname__:
-                listed = json.loads(get_object_body(contents[name], Array))["arraychunk_ids"]
-                total += sum(len(contents[children[i]]) for i in listed)
-                sound = all(heads[child][0] == ArrayChunk.__qualname__ for child in children)
-            else:
-                sound = kind == ArrayChunk.__qualname__ or len(contents[name]) <= OVERHEAD + PARTS * MANIFEST
-            if not sound:
-                raise ValueError
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError("its Flower objects do not hang together") from None
-    if total > limit:
-        raise ValueError(f"its arrays would be {total} bytes, more than {limit}")
 
 
 def weight(record: RecordDict) -> int:
@@ -308,6 +290,15 @@ def _about(record: RecordDict, kind: str, *others: str) -> dict[str, Any]:
     if record.keys() != {kind, *others}:
         raise ValueError(f"does not hold {kind} and {others} only")
     return about
+
+
+def _centre(parts: dict[str, Tensors]) -> Tensor | None:
+    found = parts.pop(CENTRE, None)
+    if found is None:
+        return None
+    if found.keys() != {CENTRE} or found[CENTRE].ndim != 1 or not found[CENTRE].isfinite().all():
+        raise ValueError("its centre is no vector of finite numbers")
+    return found[CENTRE].double()
 
 
 def _taken(parts: dict[str, Tensors], group: str) -> dict[str, Tensors]:

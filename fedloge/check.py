@@ -39,7 +39,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N, or cuda,cpu (default: auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     # the client has these too, and nothing in them can be wrong
-    parser.set_defaults(run=run, threads=None, share_counts=False)
+    parser.set_defaults(run=run, threads=None, share_counts=False, keep_statistics=False)
 
 
 def run(options: argparse.Namespace) -> None:

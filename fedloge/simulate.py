@@ -19,6 +19,7 @@ from typing import Any
 
 from common.config import Config
 from common.errors import UserError
+from common.methods.method import ServerState
 from fedloge import lanes
 from fedloge.federation import Federation, assemble, judge, save_models
 from server import checkpoint, models, rounds, run_folder
@@ -99,6 +100,11 @@ def _go_on(
         now = Progress(report.round, config.federation.rounds, run_folder.newest(history))
         writer.save(saved, partial(progress, now))
 
+    def surveyed(state: ServerState) -> ServerState:
+        if not (method.surveyed(federation.task) and run_folder.evaluated(config, state.round)):
+            return state
+        return rounds.survey(fleet, method, federation.task, state, federation.net, policy, rounds.Hooks())
+
     fleet = lanes.fleet(federation, state.round)
     # sites in one process take the time they take: no clock may close a round, and nobody can be missing
     policy = replace(
@@ -106,11 +112,12 @@ def _go_on(
     )
     writer = Writer(folder / "checkpoints", config.run.keep, durable=False)
     try:
-        state = rounds.run(fleet, method, state, federation.net, policy, config.seed, rounds.Hooks(after))
+        state = rounds.run(fleet, method, state, federation.net, policy, config.seed, rounds.Hooks(after, surveyed))
         writer.wait()
     finally:
         writer.close()
     if "evaluation" not in history[-1]:  # the run went on only to be ended earlier than it was once meant to
+        state = surveyed(state)
         history[-1]["evaluation"] = judge(federation, method, state)
     save_models(federation, method, state, folder / "models")
     result = run_folder.summary(config, history, federation.groups)

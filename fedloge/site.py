@@ -49,6 +49,10 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all; 1 gives the same bits)")
     parser.add_argument("--share-counts", action="store_true", help="tell the server how many images of each class")
     parser.add_argument(
+        "--keep-statistics", action="store_true",
+        help="send no class statistics (how many images of each class, their mean features) even if asked",
+    )  # fmt: skip
+    parser.add_argument(
         "--supernode", action="store_true", help="use Flower's own node: slower, and it runs the code the server sends"
     )
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object")
@@ -142,6 +146,8 @@ def node_config(options: argparse.Namespace) -> dict[str, bool | int | float | s
         config["threads"] = options.threads
     if options.share_counts:
         config["share-counts"] = True
+    if options.keep_statistics:
+        config["keep-statistics"] = True
     return config
 
 

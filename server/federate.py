@@ -30,6 +30,7 @@ from common.errors import UserError
 from common.messages import Judgement, Order
 from common.methods.method import ServerState
 from common.net import best_device, build_on, roles
+from common.statistics import PART
 from server import checkpoint, rounds, run_folder
 from server.checkpoint import Checkpoint, Writer
 from server.fleet import Exchange, Fleet
@@ -128,6 +129,7 @@ class _Run:
         self._paces: deque[float] = deque(maxlen=PACE)
         self._hooks = rounds.Hooks(
             self._after,
+            self._surveyed,
             self._during,
             judge=lambda round: run_folder.evaluated(self.config, round),
             collecting=self.net.stowed,
@@ -156,7 +158,10 @@ class _Run:
     def _end(self, state: ServerState) -> dict[str, Any]:
         """The sites keep and judge their personal models; until metrics.json is there, a resume begins here."""
         log.info("all %d rounds are done: the sites judge the final models", state.round)
-        if "evaluation" not in self._history[-1]:  # the run went on only to be ended earlier than it was once meant to
+        missed = "evaluation" not in self._history[-1]  # it went on only to be ended earlier than it was once meant to
+        if missed or PART not in state.parts:  # heads from class statistics may be asked for only now
+            state = self._surveyed(state)
+        if missed:
             self._history[-1]["evaluation"] = self._judge(state)
         report = rounds.final_judgement(self._fleet, self.method, state, self.config.federation, self._hooks)
         if not report.judged:
@@ -170,6 +175,13 @@ class _Run:
         result = run_folder.summary(self.config, self._history, ())
         run_folder.write_json(self._folder / "metrics.json", result)
         return result
+
+    def _surveyed(self, state: ServerState) -> ServerState:
+        """With the head that is computed from everybody's class statistics, where the models are judged by it."""
+        if not (self.method.surveyed(self.task) and run_folder.evaluated(self.config, state.round)):
+            return state
+        policy = self.config.federation
+        return rounds.survey(self._fleet, self.method, self.task, state, self.net, policy, self._hooks)
 
     def _after(self, report: rounds.RoundReport) -> None:
         self._board.show(deadline=None)  # it is closed, and what follows may take its time
@@ -197,7 +209,7 @@ class _Run:
         changes: dict[str, Any] = {}
         if standing is not self._standing:
             before, self._standing = self._standing, standing
-            training = standing.round > len(self._history)
+            training = standing.training
             changes = {
                 "phase": "training" if training else "judging",
                 "round": standing.round,
@@ -205,7 +217,7 @@ class _Run:
                 "round_began": time.time(),
                 "deadline": time.time() + self.config.federation.deadline,
             }
-            if training and before is not None and before.round == standing.round:
+            if training and before is not None and before.training and before.round == standing.round:
                 changes["message"] = f"round {standing.round} had no quorum and is tried again"
         refused = {name: {"round": standing.round, "reason": reason} for name, reason in standing.refused.items()}
         self._board.show(

@@ -5,8 +5,7 @@ import re
 from flwr.app import RecordDict
 from flwr.common.constant import ErrorCode
 
-from common.objects import inflated
-from common.wire import check_objects
+from common.objects import check_objects, inflated
 
 REASONS = {
     ErrorCode.MESSAGE_UNAVAILABLE: "has not answered in time",

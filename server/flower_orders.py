@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from flwr.app import RecordDict
 
+from common import statistics
 from common.codec import CODED, Wire
 from common.config import RunConfig
 from common.deployment import from_settings
@@ -55,7 +56,9 @@ class Orders:
 
     def largest(self, order: Order) -> int:
         """Bytes an honest reply does not reach."""
-        return reply_bytes(order, self._statistics)
+        if order.centre is None:
+            return reply_bytes(order, self._statistics)
+        return reply_bytes(order, statistics.shapes(len(self.classes), len(order.centre)))
 
     def read(self, content: RecordDict, name: str, order: Order) -> Reply:
         """The reply of the site called `name`; ValueError if it is none."""

@@ -1,8 +1,9 @@
 """The only place a round exists.
 
 wait for sites -> choose some -> send the shared and fixed parts -> fold replies as they arrive -> close at quorum +
-grace or at the deadline -> the method's server step -> `after` (evaluation, checkpoint, progress). It knows neither
-Flower nor files, takes its clock as an argument and draws the sites of a round from (seed, round) alone.
+grace or at the deadline -> the method's server step -> `complete` (a survey of all sites, where heads are computed
+from class statistics) -> `after` (evaluation, checkpoint, progress). It knows neither Flower nor files, takes its clock
+as an argument and draws the sites of a round from (seed, round) alone.
 """
 
 import logging
@@ -18,11 +19,12 @@ from common.config import FederationConfig
 from common.errors import UserError
 from common.messages import Judgement, Order, Reply
 from common.methods.method import Method, ServerState
-from common.net import Net
+from common.net import Net, Task
 from common.parts import label
 from common.seeds import generator
 from server.fleet import Failure, Fleet
 from server.fold import Fold, Refused
+from server.survey import Survey, centre, with_head
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Standing:
     """A round while it is open, for those who look on."""
 
     round: int
+    training: bool  # otherwise sites judge or count
     chosen: tuple[str, ...]
     waiting: set[str]
     refused: dict[str, str] = field(default_factory=dict)  # client -> reason
@@ -62,6 +65,7 @@ class Hooks:
     """What the round loop tells its caller; by default nobody listens."""
 
     after: Callable[[RoundReport], None] = lambda _: None  # every round that counted
+    complete: Callable[[ServerState], ServerState] = lambda state: state  # adds to its state, before `after` sees it
     during: Callable[[Standing], None] = lambda _: None  # whenever an open round's standing changes
     judge: Callable[[int], bool] = lambda _: False  # whether sites judge the state after this round
     collecting: Callable[[], AbstractContextManager[None]] = nullcontext  # around the time replies are waited for
@@ -92,8 +96,8 @@ def run(
                 )
             continue
         failed = 0
-        state = report.state
-        hooks.after(report)
+        state = hooks.complete(report.state)
+        hooks.after(replace(report, state=state))
     return state
 
 
@@ -120,6 +124,32 @@ def one_round(
         mean, sums = fold.result()
         new = replace(method.update(state, mean, sums, workspace), round=order.round)
     return _report(order, new, len(names), chosen, answers)
+
+
+def survey(
+    fleet: Fleet,
+    method: Method,
+    task: Task,
+    state: ServerState,
+    workspace: Net,
+    policy: FederationConfig,
+    hooks: Hooks,
+    clock: Callable[[], float] = time.monotonic,
+) -> ServerState:
+    """Every site that can be reached gives the class statistics of `state`; the result has the head of their sum."""
+    chosen = fleet.names(policy.min_clients, policy.wait)
+    order = make_order(method, state, state.round, train=False, judge=False)
+    order = replace(order, centre=centre(workspace, task, state))
+    asked = Survey(order, len(task.classes), policy.max_examples)
+    with hooks.collecting():
+        answers = _collect(fleet, order, chosen, policy, hooks, clock, asked.add)
+    if len(asked.clients) < len(chosen):
+        kept = sorted(set(answers.accepted) - set(asked.clients))
+        log.warning(
+            "round %d: class statistics of %d of %d sites; missing: %s; kept to themselves: %s", state.round,
+            len(asked.clients), len(chosen), ", ".join(answers.missing) or "nobody", ", ".join(kept) or "nobody"
+        )  # fmt: skip
+    return with_head(state, asked.head())
 
 
 def final_judgement(
@@ -166,7 +196,7 @@ def make_order(method: Method, state: ServerState, round: int, *, train: bool, j
         round=round,
         model=label({f"{part}/{name}": t for part, group in shared.items() for name, t in group.items()}),
         shared=shared,
-        fixed={part: t for part, t in state.parts.items() if part in method.fixed},
+        fixed={part: t for part, t in state.parts.items() if part in method.issued},
         train=train,
         judge=judge,
     )
@@ -184,7 +214,7 @@ def _collect(
     """Send the order and hand every reply to `accept`, which may refuse it, until the round closes."""
     began = clock()
     quorum = max(math.ceil(policy.quorum * len(chosen) - 1e-9), 1)  # 0.07 of 100 is 7, not 8 because of rounding
-    standing = Standing(order.round, tuple(chosen), set(chosen))
+    standing = Standing(order.round, order.train, tuple(chosen), set(chosen))
     accepted: dict[str, tuple[dict[str, float], Judgement]] = {}
     early: dict[str, Reply] = {}  # with fold = "name": replies that came before those of sites named before them
     waiting = standing.waiting

@@ -15,6 +15,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from common import statistics
 from common.images import Images, PixelImages
 from common.messages import Reply
 from common.net import Maker, Net, Task
@@ -98,6 +99,20 @@ class Method(ABC):
     shared: ClassVar[frozenset[str]] = frozenset()  # averaged every round
     fixed: ClassVar[frozenset[str]] = frozenset()  # made once by the server, the same in every round
     local: ClassVar[frozenset[str]] = frozenset()  # never leave the site
+    computed: ClassVar[bool] = False  # its results need heads computed from class statistics (common/statistics.py)
+
+    @property
+    @final
+    def issued(self) -> frozenset[str]:
+        """What the server makes and sites get: the fixed parts, and the head that is computed from their statistics."""
+        return self.fixed | {statistics.PART}
+
+    @final
+    def surveyed(self, task: Task) -> bool:
+        """Whether sites send class statistics: where it is asked for, and all sites have the same backbone."""
+        config = task.config
+        wanted = self.computed or config.evaluation.statistics
+        return wanted and "backbone" in self.shared and config.model.norm != "local"
 
     @abstractmethod
     def makers(self, task: Task) -> dict[str, Maker]:
@@ -131,7 +146,7 @@ class Method(ABC):
         """The server's state before round 1. A method with fixed parts makes them here."""
         del task
         parts = net.parts()
-        keep = (self.shared | self.fixed) & parts.keys()
+        keep = (self.shared | self.issued) & parts.keys()
         return ServerState(round=0, parts={part: snapshot(parts[part]) for part in sorted(keep)})
 
     def update(self, state: ServerState, mean: dict[str, Tensors], sums: Tensors, net: Net) -> ServerState:
@@ -145,12 +160,29 @@ class Method(ABC):
 
     @final
     def served(self, net: Net, task: Task) -> dict[str, Predictor]:
-        """`generic`, or nothing where BatchNorm stays at the sites: the server then has no statistics of its own."""
-        return {} if "norms" in net.parts() else self.generic(net, task)
+        """`generic`, and the computed head where there is one; or nothing where BatchNorm stays at the sites: the
+        server then has no moving statistics of its own."""
+        return {} if "norms" in net.parts() else {**self.generic(net, task), **computed(net)}
 
     @abstractmethod
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
         """Predictors for one site; the first is the method's own result. Masked by train support outside."""
+
+    @final
+    def deployed(self, net: Net, site: Site) -> dict[str, Predictor]:
+        """`personal`, and the computed head with the site's own prior where there is one."""
+        return {**self.personal(net, site), **computed(net, site)}
+
+
+def computed(net: Net, site: Site | None = None) -> dict[str, Predictor]:
+    """The head computed from everybody's class statistics: as it is, or at a site with its own class frequencies."""
+    if statistics.PART not in net.by_part:
+        return {}
+    head = net[statistics.PART]
+    assert isinstance(head, statistics.StatisticsHead)
+    if not head.known:
+        return {}
+    return {"statistics": Predictor(net["backbone"], head if site is None else statistics.adapted(head, site.counts))}
 
 
 def linear_predictors(net: Net, task: Task) -> dict[str, Predictor]:

@@ -113,8 +113,14 @@ class Real:
         def after(report: rounds.RoundReport) -> None:
             self.judged[report.round - 1] = report.judged
 
-        hooks = rounds.Hooks(after=after, judge=lambda _: True)
-        net = build(method, self.deployment.task)
+        def complete(state: ServerState) -> ServerState:
+            if not method.surveyed(task):
+                return state
+            return rounds.survey(self.fleet(), method, task, state, net, policy, hooks)
+
+        task = self.deployment.task
+        hooks = rounds.Hooks(after=after, complete=complete, judge=lambda _: True)
+        net = build(method, task)
         state = rounds.run(self.fleet(), method, state, net, policy, self.config.seed, hooks)
         self.judged[state.round] = rounds.final_judgement(self.fleet(), method, state, policy, hooks).judged
         return state

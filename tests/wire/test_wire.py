@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models import resnet18
 
-from common import frame, wire
+from common import frame, statistics, wire
 from common.codec import Change, Wire
 from common.config import FrameConfig
 from common.messages import SCHEMA, Order, Reply
+from common.objects import check_objects
 from common.packed import fixed_digest
 from common.parts import Tensors, tensors
 from server import rounds
@@ -88,7 +89,7 @@ def objects(record: RecordDict) -> dict[str, bytes]:
 def by_objects(record: RecordDict) -> RecordDict:
     """As Flower sends it between processes."""
     contents = objects(record)
-    wire.check_objects(contents, sum(map(len, contents.values())))
+    check_objects(contents, sum(map(len, contents.values())))
     inflated = inflate_object_from_contents(record.object_id, contents)
     assert isinstance(inflated, RecordDict)
     return inflated
@@ -276,10 +277,42 @@ def test_an_honest_reply_weighs_no_more_than_reply_bytes(dtype: Wire) -> None:
     reply = Reply("north", 1, DIGEST, 1, order.shared, sums, {f"loss{i}": 1 / 3 for i in range(50)}, judged)
     contents = objects(wire.encode_reply(reply, dtype))
     assert sum(map(len, contents.values())) < bound < 48e6
-    wire.check_objects(contents, bound)
+    check_objects(contents, bound)
     assert wire.reply_bytes(replace(order, train=False), {}) < 1e6
     bare = objects(wire.encode_reply(replace(reply, shared={}, sums={})))
     assert sum(map(len, bare.values())) < wire.reply_bytes(replace(order, train=False), {})
+
+
+# ---- class statistics ----
+
+
+def test_a_survey_travels_exactly_and_weighs_little() -> None:
+    about = torch.randn(512, dtype=torch.float64)
+    order = Order(4, DIGEST, resnet(), {}, train=False, centre=about)
+    came = wire.decode_order(by_objects(wire.encode_order(order, "{}", with_fixed=False))).order
+    assert came.centre is not None
+    assert torch.equal(came.centre, about)
+    assert (came.train, came.judge) == (False, False)
+    shapes = statistics.shapes(100, 512)
+    sums = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    contents = objects(wire.encode_reply(Reply("north", 4, DIGEST, 1, {}, sums), "bf16"))  # heads are never rounded
+    assert sum(map(len, contents.values())) < wire.reply_bytes(order, shapes) < 8 * (100 + 51_200 + 512**2) + 2**20
+    reply = wire.decode_reply(by_objects(wire.encode_reply(Reply("north", 4, DIGEST, 1, {}, sums))), "north")
+    assert same(reply.sums, sums)
+
+
+@pytest.mark.parametrize(
+    ("order", "told"),
+    [
+        (Order(1, DIGEST, {}, {}, centre=torch.zeros(3).double()), "and for something else"),
+        (Order(1, DIGEST, {}, {}, train=False, judge=True, centre=torch.zeros(3).double()), "and for something else"),
+        (Order(1, DIGEST, {}, {}, train=False, centre=torch.tensor([torch.nan])), "centre"),
+        (Order(1, DIGEST, {}, {}, train=False, centre=torch.zeros(3, 3)), "centre"),
+    ],
+)
+def test_a_survey_that_makes_no_sense_is_refused(order: Order, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        wire.decode_order(wire.encode_order(order, "{}", with_fixed=False))
 
 
 # ---- what must not get past ----
@@ -610,9 +643,9 @@ def test_objects_that_would_swell_are_refused_before_they_are_inflated() -> None
     record = reply_with()
     whole = objects(record)
     chunk = {"c" * 64: add_header_to_object_body(bytes(1000), SPARE.slice_array()[0][1])}
-    wire.check_objects(with_array([0, 0], chunk, record), 10_000)
+    check_objects(with_array([0, 0], chunk, record), 10_000)
     with pytest.raises(ValueError, match=r"arrays would be \d+ bytes, more than 1000000"):
-        wire.check_objects(with_array([0] * 1000, chunk, record), 1_000_000)
+        check_objects(with_array([0] * 1000, chunk, record), 1_000_000)
     array = next(name for name, content in whole.items() if content.startswith(b"Array "))
     for listed, children in (
         ([1], chunk),
@@ -623,13 +656,13 @@ def test_objects_that_would_swell_are_refused_before_they_are_inflated() -> None
         ([10**30], chunk),
     ):
         with pytest.raises(ValueError, match="do not hang together"):
-            wire.check_objects(with_array(listed, children, record), 10**9)
+            check_objects(with_array(listed, children, record), 10**9)
     for name in whole:
         if whole[name].startswith(b"ArrayChunk "):
             with pytest.raises(ValueError, match="do not hang together"):
-                wire.check_objects({other: whole[other] for other in whole if other != name}, 10**9)
+                check_objects({other: whole[other] for other in whole if other != name}, 10**9)
     with pytest.raises(ValueError, match="do not hang together"):
-        wire.check_objects(objects(reply_with({"more": "a" * 10**7})), 10**9)
+        check_objects(objects(reply_with({"more": "a" * 10**7})), 10**9)
 
 
 @MANY
@@ -641,7 +674,7 @@ def test_objects_of_random_bytes_are_refused_or_pass(data: st.DataObject) -> Non
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     contents[name] = data.draw(st.sampled_from([bytes(content), bytes(content[: len(content) // 2]), b""]))
-    assert outcome(wire.check_objects, contents, 10**6)[0].isprintable()
+    assert outcome(check_objects, contents, 10**6)[0].isprintable()
 
 
 # ---- a federation over it ----

@@ -1,0 +1,69 @@
+"""The class statistics of all sites for one model, and the head that follows from them."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from common import statistics
+from common.messages import SCHEMA, Order, Reply
+from common.methods.method import ServerState
+from common.net import Net, Task
+from common.parts import Manifest, Tensors
+from common.statistics import PART, Sums
+from server.fold import Refused
+
+
+class Survey:
+    """The sum of what sites answer to `order`. A site that keeps its statistics to itself sends none."""
+
+    def __init__(self, order: Order, classes: int, max_examples: int) -> None:
+        assert order.centre is not None
+        self._order = order
+        self._centre = order.centre.cpu()
+        shapes = statistics.shapes(classes, len(order.centre))
+        self._manifest = Manifest(tuple((name, shape, "float64") for name, shape in sorted(shapes.items())))
+        self._sums = Sums.nothing(classes, len(order.centre))
+        self._max_examples = max_examples
+        self.clients: list[str] = []
+
+    def add(self, reply: Reply) -> None:
+        """Check `reply` and add it, or raise `Refused` and leave everything as it was."""
+        order = self._order
+        if reply.schema != SCHEMA or (reply.round, reply.model) != (order.round, order.model):
+            raise Refused("its statistics are of another model than the one sent")
+        if not 0 < reply.examples <= self._max_examples:
+            raise Refused(f"{reply.examples} examples are not between 1 and {self._max_examples}")
+        if not reply.sums:
+            return
+        if reply.shared or Manifest.of(reply.sums) != self._manifest:
+            raise Refused("what it sends are no class statistics")
+        sums = Sums(**{name: t.cpu() for name, t in reply.sums.items()})
+        if wrong := sums.objection(reply.examples):
+            raise Refused(wrong)
+        self._sums = self._sums + sums
+        self.clients.append(reply.client)
+
+    def head(self) -> Tensors:
+        """The head of all that came, as the part that sites get; all zero where nobody sent anything."""
+        found = statistics.solve(self._sums, self._centre)
+        if found is None:
+            return {"weight": torch.zeros_like(self._sums.total).float(), "bias": torch.zeros(len(self._sums.count))}
+        return found.tensors()
+
+
+@torch.no_grad()
+def centre(net: Net, task: Task, state: ServerState) -> Tensor:
+    """The features of a blank image: about them those of real images are small, whatever offset all of them have."""
+    net.load(state.parts)
+    features = net["backbone"].eval()
+    blank = torch.zeros(1, task.channels, task.side, task.side, device=next(features.parameters()).device)
+    found: Tensor = features(blank)[0]
+    return found.double().cpu()
+
+
+def with_head(state: ServerState, head: Tensors) -> ServerState:
+    like: Iterable[Tensor] = next(iter(state.parts.values())).values()
+    device = next(iter(like)).device
+    return replace(state, parts={**state.parts, PART: {name: t.to(device) for name, t in head.items()}})

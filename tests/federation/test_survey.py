@@ -1,0 +1,168 @@
+"""Heads from class statistics in whole federations: for every method, with sites that keep them, lie and go on."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import statistics
+from common.config import Config, parse
+from common.messages import Order, Reply
+from common.methods import METHODS
+from common.methods.method import ServerState
+from common.statistics import PART, StatisticsHead, Sums
+from fedloge.federation import Federation, assemble, judge
+from fedloge.simulate import simulate
+from server import rounds
+from server.fleet import LocalFleet
+from server.survey import centre
+
+Handler = Callable[[Order], Reply]
+
+
+def plan(method: str = "fedloge", **more: object) -> Config:
+    table: dict[str, object] = {
+        "seed": 1,
+        "partition": {"clients": 3, "alpha": 0.3},
+        "train": {"epochs": 1, "batch": 16},
+        "federation": {"rounds": 2},
+        "evaluation": {"every": 1, "last": 1, "statistics": True},
+        "frame": {"norm": 3.0},
+        "method": {"name": method},
+    }
+    return parse({**table, **more})
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Federation:
+    return assemble(plan(), tmp_path / "run")
+
+
+def surveyed(federation: Federation, change: Callable[[str, Handler], Handler] = lambda _, h: h) -> ServerState:
+    """The state before round 1 with the head of what its sites answer."""
+    config = federation.task.config
+    state = config.method.init(federation.net, federation.task)
+    fleet = LocalFleet({name: change(name, site.handle) for name, site in federation.sites.items()})
+    return rounds.survey(
+        fleet, config.method, federation.task, state, federation.net, config.federation, rounds.Hooks()
+    )
+
+
+def pooled(federation: Federation, names: list[str]) -> StatisticsHead:
+    """The head of the images of these sites, as if they lay in one place."""
+    config = federation.task.config
+    state = config.method.init(federation.net, federation.task)
+    about = centre(federation.net, federation.task, state)
+    first = federation.sites[names[0]]
+    index = torch.cat([federation.sites[name].train_index for name in names])
+    found = statistics.solve(replace(first, train_index=index).count(about), about)
+    assert found is not None
+    head = StatisticsHead(*found.weight.shape)
+    for name, t in found.tensors().items():
+        getattr(head, name).copy_(t)
+    return head
+
+
+def same(state: ServerState, head: StatisticsHead) -> bool:
+    part = state.parts[PART]
+    return torch.allclose(part["weight"], head.weight, rtol=1e-5, atol=1e-6) and torch.allclose(
+        part["bias"], head.bias, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_with_a_common_backbone_has_the_heads(method: str, tmp_path: Path) -> None:
+    local = method in ("fedbn", "local")
+    config = (
+        plan(method, model={"name": "mlp"})
+        if method != "fedbn"
+        else plan(method, model={"name": "cnn", "norm": "local"})
+    )
+    result = simulate(config, tmp_path / "run", lambda _: None)
+    for kind in ("generic", "generic_local", "personal"):
+        assert ("statistics" in result[kind]) is not local
+    if not local:
+        assert result["generic"]["statistics"]["top1"] > 0.6  # after two rounds of one epoch
+
+
+def test_training_is_the_same_with_and_without_them(tmp_path: Path) -> None:
+    without = replace(plan(), evaluation=replace(plan().evaluation, statistics=False))
+    results = [simulate(c, tmp_path / str(i), lambda _: None) for i, c in enumerate((plan(), without))]
+    for kind in ("generic", "personal"):
+        kept = {name: found for name, found in results[0][kind].items() if name != "statistics"}
+        assert kept == results[1][kind]
+
+
+def test_the_head_is_that_of_the_pooled_images(federation: Federation) -> None:
+    assert same(surveyed(federation), pooled(federation, sorted(federation.sites)))
+
+
+def test_a_site_that_keeps_its_statistics_is_left_out_and_served(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    def keeping(name: str, handle: Handler) -> Handler:
+        return (lambda order: replace(handle(order), sums={})) if name == "site-001" else handle
+
+    state = surveyed(federation, keeping)
+    assert same(state, pooled(federation, ["site-000", "site-002"]))
+    assert "kept to themselves: site-001" in caplog.text
+    found = judge(federation, federation.task.config.method, state)
+    assert set(found["personal"]["statistics"]["per_site"]) == set(federation.sites)
+
+
+LIES: dict[str, Callable[[Reply], Reply]] = {
+    "counts": lambda r: replace(r, sums={**r.sums, "count": r.sums["count"] + 1000}),
+    "examples": lambda r: replace(r, examples=10**9),
+    "means": lambda r: replace(r, sums={**r.sums, "total": r.sums["total"] * 100}),
+    "not finite": lambda r: replace(r, sums={**r.sums, "scatter": r.sums["scatter"] * torch.inf}),
+    "shape": lambda r: replace(r, sums={**r.sums, "scatter": r.sums["scatter"][:1]}),
+    "type": lambda r: replace(r, sums={name: t.float() for name, t in r.sums.items()}),
+    "missing": lambda r: replace(r, sums={"count": r.sums["count"]}),
+    "another backbone": lambda r: replace(r, model="another"),
+    "another round": lambda r: replace(r, round=7),
+    "a model": lambda r: replace(r, shared={"backbone": {"w": torch.zeros(1)}}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_site_that_lies_is_refused_and_named(
+    federation: Federation, lie: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lying(name: str, handle: Handler) -> Handler:
+        return (lambda order: LIES[lie](handle(order))) if name == "site-001" else handle
+
+    state = surveyed(federation, lying)
+    assert same(state, pooled(federation, ["site-000", "site-002"]))
+    assert caplog.text.count("the reply of site-001 is refused") == 1
+
+
+def test_without_any_statistics_there_is_no_such_predictor(federation: Federation) -> None:
+    state = surveyed(federation, lambda _, handle: lambda order: replace(handle(order), sums={}))
+    assert "statistics" not in judge(federation, federation.task.config.method, state)["generic"]
+
+
+def test_a_site_sends_no_more_numbers_than_it_says(federation: Federation) -> None:
+    state = federation.task.config.method.init(federation.net, federation.task)
+    about = centre(federation.net, federation.task, state)
+    sent = federation.sites["site-000"].count(about).tensors()
+    classes, dim = len(federation.task.classes), federation.net.feature_dim
+    assert sum(t.numel() for t in sent.values()) == classes + classes * dim + dim**2
+
+
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+    longer = replace(plan(), federation=replace(plan().federation, rounds=3))
+    simulate(plan(), tmp_path / "stopped", lambda _: None)
+    results = [simulate(longer, tmp_path / name, lambda _: None) for name in ("stopped", "whole")]
+    assert json.dumps(results[0]) == json.dumps(results[1])
+
+
+def test_features_that_are_not_finite_are_not_counted(federation: Federation) -> None:
+    site = federation.sites["site-000"]
+    state = federation.task.config.method.init(federation.net, federation.task)
+    about = centre(federation.net, federation.task, state)
+    with torch.no_grad():
+        next(federation.net["backbone"].parameters()).fill_(torch.nan)
+    assert "finite" in Sums(**site.count(about).tensors()).objection(len(site.train_index))
