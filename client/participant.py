@@ -8,8 +8,9 @@ from torch import Tensor
 
 from client.store import Store
 from client.train import train
+from common import statistics
 from common.errors import UserError
-from common.evaluation import features_of
+from common.features import features_of
 from common.images import Images
 from common.messages import Order, Reply
 from common.methods.method import Method, Site
@@ -45,8 +46,8 @@ class Participant:
         """
         if order.centre is not None:
             self.net.load(order.shared)
-            counted = self.count(order.centre).tensors()
-            return Reply(self.name, order.round, order.model, len(self.train_index), {}, counted)
+            counted = self.count(order.centre)
+            return Reply(self.name, order.round, order.model, int(counted.count.sum()), {}, counted.tensors())
         self.prepare({**order.shared, **order.fixed}, before=order.round)
         shared, _, local = roles(self.method, self.net)
         site = self.site(order.round)
@@ -87,11 +88,13 @@ class Participant:
             self.net.load(kept)
 
     def count(self, centre: Tensor) -> Sums:
-        """The class statistics of the training images as they are, by the backbone of the net, about `centre`."""
+        """The class statistics, about `centre`, of the training images as the backbone of the net sees them. Those that
+        are put apart are not in them."""
         backbone, centre = self.net["backbone"], centre.to(self.device)
         sums = Sums.nothing(len(self.task.classes), len(centre), self.device)
         batch, precision = self.task.config.evaluation.batch, self.task.config.train.precision
-        for f, y in features_of(backbone, self.images, self.train_index, self.device, batch, precision):
+        index = self.train_index[~statistics.apart(self.images.labels[self.train_index])]
+        for f, y in features_of(backbone, self.images, index, self.device, batch, precision):
             sums.add(f.double() - centre, y)
         return sums
 

@@ -1,29 +1,16 @@
 """Running predictors over images, with one pass for all heads on the same backbone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common.features import features_of
 from common.images import Images
 from common.methods.method import Predictor
 from common.metrics import Groups, measure
 from common.realign import masked
-
-IN_CACHE = 125  # images at a time on a processor: the maps of more leave its caches, which costs a tenth
-
-
-@torch.no_grad()
-def features_of(
-    features: nn.Module, images: Images, index: Tensor, device: torch.device, batch: int, precision: str = "fp32"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(f in fp32, y) of images as they are, by a backbone as it is when deployed, some images at a time."""
-    features.eval()
-    size = batch if device.type != "cpu" else min(batch, IN_CACHE)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):  # one, as it casts weights once
-        for x, y in images.batches(index, size, device):
-            yield features(x).float(), y
 
 
 class FeatureCache:

@@ -38,6 +38,11 @@ def added(first: nn.Linear, second: nn.Linear) -> nn.Linear:
     return linear(first.weight + second.weight, first.bias + second.bias)
 
 
+def averaged(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """The head whose logits are the mean of both heads' logits."""
+    return linear((first.weight + second.weight) / 2, (first.bias + second.bias) / 2)
+
+
 def personal_heads(psi: nn.Linear, phi: nn.Linear) -> dict[str, nn.Linear]:
     """Both published personal rules: the authors' code adds psi_k to phi_k, their README adds it to psi."""
     psi_k = transferred(psi, phi)

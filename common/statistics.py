@@ -9,6 +9,7 @@ All is float64, and features are taken about a centre that the server names: the
 no large offset is left. Sums of squares about 0 would lose everything there.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.parts import Tensors
+from common.realign import linear
 
 PART = "statistics"  # of a net: the head of everybody, as its sites get it
 NOBODY = -1e9  # logit of a class that no site has
+TENTH = 10  # one image of so many of a class is put apart at a site
+USUAL = 0.6  # temperature that was best where it was looked for
+LOOSE = 2.0  # how much evidence it takes to depart from it: so many times its squared logarithm
+TEMPERATURES = torch.logspace(-1, 0.5, 61).tolist()
 SOUND = 1e-9  # share of the trace by which rounding may make a scatter less than nothing
 
 
@@ -122,15 +128,38 @@ def solve(sums: Sums, centre: Tensor) -> Head | None:
     return Head(weight, bias.masked_fill(~seen, NOBODY), shrinkage)
 
 
-def adapted(head: StatisticsHead, counts: Tensor, temperature: float = 0.6) -> nn.Linear:
+def adapted(head: StatisticsHead, counts: Tensor, temperature: float) -> nn.Linear:
     """The head of one site: t (w_c f + b_c) + log pi_c, pi its own class frequencies, which it keeps to itself."""
-    classes, dim = head.weight.shape
-    made = nn.Linear(dim, classes, device=head.weight.device)
-    prior = torch.log(counts.double().clamp_min(0.5) / counts.sum().clamp_min(1))
-    with torch.no_grad():
-        made.weight.copy_(temperature * head.weight)
-        made.bias.copy_(temperature * head.bias + prior.to(head.bias))
-    return made.requires_grad_(False)
+    return linear(temperature * head.weight, temperature * head.bias + _log_prior(counts).to(head.bias))
+
+
+def apart(labels: Tensor) -> Tensor:
+    """Which of a site's training images are not in its statistics: the sixth of every class, the sixteenth, ..."""
+    rank = torch.zeros_like(labels)
+    for c in labels.unique():  # type: ignore[no-untyped-call]
+        where = (labels == c).nonzero().flatten()
+        rank[where] = torch.arange(len(where))
+    return rank % TENTH == TENTH // 2
+
+
+@torch.no_grad()
+def temperature(logits: Tensor, y: Tensor, counts: Tensor) -> float:
+    """The one by which a site's adapted head is most likely to say `y` of images that are not in the statistics.
+
+    The scatter takes features for more certain than they are of new images, so it is below 1. The fewer images there
+    are to choose by, the nearer it stays to what is usual.
+    """
+    shifted = _log_prior(counts).to(logits).masked_fill(counts <= 0, -torch.inf)
+
+    def cost(t: float) -> float:
+        return float(F.cross_entropy(t * logits + shifted, y, reduction="sum")) + LOOSE * math.log(t / USUAL) ** 2
+
+    best: float = min(TEMPERATURES, key=cost)
+    return best
+
+
+def _log_prior(counts: Tensor) -> Tensor:
+    return torch.log(counts.double().clamp_min(0.5) / counts.sum().clamp_min(1))
 
 
 def _between(count: Tensor, total: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from common.methods.fedbn import FedBN
 from common.methods.fedetf import FedETF
 from common.methods.fedlc import FedLC
 from common.methods.fedloge import FedLoGe
+from common.methods.fedloge_plus import FedLoGePlus
 from common.methods.fedper import FedPer
 from common.methods.fedprox import FedProx
 from common.methods.fedrep import FedRep
@@ -37,5 +38,6 @@ METHODS: dict[str, type[Method]] = {
         FedETF,
         CReFF,
         FedLoGe,
+        FedLoGePlus,
     )
 }

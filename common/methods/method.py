@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from common import statistics
+from common.features import features_of
 from common.images import Images, PixelImages
 from common.messages import Reply
 from common.net import Maker, Net, Task
 from common.parts import Tensors, snapshot
 from common.realign import realigned
 from common.seeds import generator
+
+JUDGED = 2000  # images by which a temperature is chosen: more make no difference
 
 Loss = Callable[[Net, Tensor, Tensor, Tensors], Tensor]  # net, images, labels, what the phase gives
 
@@ -162,7 +165,10 @@ class Method(ABC):
     def served(self, net: Net, task: Task) -> dict[str, Predictor]:
         """`generic`, and the computed head where there is one; or nothing where BatchNorm stays at the sites: the
         server then has no moving statistics of its own."""
-        return {} if "norms" in net.parts() else {**self.generic(net, task), **computed(net)}
+        if "norms" in net.parts():
+            return {}
+        found, heads = self.generic(net, task), computed(net)
+        return {**heads, **found} if self.computed else {**found, **heads}
 
     @abstractmethod
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
@@ -171,7 +177,8 @@ class Method(ABC):
     @final
     def deployed(self, net: Net, site: Site) -> dict[str, Predictor]:
         """`personal`, and the computed head with the site's own prior where there is one."""
-        return {**self.personal(net, site), **computed(net, site)}
+        found = self.personal(net, site)
+        return found if self.computed else {**found, **computed(net, site)}
 
 
 def computed(net: Net, site: Site | None = None) -> dict[str, Predictor]:
@@ -182,7 +189,18 @@ def computed(net: Net, site: Site | None = None) -> dict[str, Predictor]:
     assert isinstance(head, statistics.StatisticsHead)
     if not head.known:
         return {}
-    return {"statistics": Predictor(net["backbone"], head if site is None else statistics.adapted(head, site.counts))}
+    backbone = net["backbone"]
+    return {"statistics": Predictor(backbone, head if site is None else _adapted(head, backbone, site))}
+
+
+@torch.no_grad()
+def _adapted(head: statistics.StatisticsHead, backbone: nn.Module, site: Site) -> nn.Linear:
+    config = site.task.config
+    index = site.train[statistics.apart(site.images.labels[site.train])][:JUDGED]
+    batch, precision = config.evaluation.batch, config.train.precision
+    said = [(head(f), y) for f, y in features_of(backbone, site.images, index, site.device, batch, precision)]
+    logits, y = (torch.cat(part) for part in zip(*said, strict=True)) if said else (head.bias[None][:0], site.train[:0])
+    return statistics.adapted(head, site.counts, statistics.temperature(logits, y, site.counts))
 
 
 def linear_predictors(net: Net, task: Task) -> dict[str, Predictor]:

@@ -10,6 +10,7 @@ import torch
 
 from common import statistics
 from common.config import Config, parse
+from common.features import features_of
 from common.messages import Order, Reply
 from common.methods import METHODS
 from common.methods.method import ServerState
@@ -56,9 +57,13 @@ def pooled(federation: Federation, names: list[str]) -> StatisticsHead:
     config = federation.task.config
     state = config.method.init(federation.net, federation.task)
     about = centre(federation.net, federation.task, state)
-    first = federation.sites[names[0]]
-    index = torch.cat([federation.sites[name].train_index for name in names])
-    found = statistics.solve(replace(first, train_index=index).count(about), about)
+    labels = federation.images.labels
+    sites = [federation.sites[name].train_index for name in names]
+    index = torch.cat([mine[~statistics.apart(labels[mine])] for mine in sites])
+    sums = Sums.nothing(len(federation.task.classes), len(about))
+    for f, y in features_of(federation.net["backbone"], federation.images, index, federation.device, 64):
+        sums.add(f.double() - about, y)
+    found = statistics.solve(sums, about)
     assert found is not None
     head = StatisticsHead(*found.weight.shape)
     for name, t in found.tensors().items():
@@ -165,4 +170,4 @@ def test_features_that_are_not_finite_are_not_counted(federation: Federation) ->
     about = centre(federation.net, federation.task, state)
     with torch.no_grad():
         next(federation.net["backbone"].parameters()).fill_(torch.nan)
-    assert "finite" in Sums(**site.count(about).tensors()).objection(len(site.train_index))
+    assert "finite" in site.count(about).objection(len(site.train_index))

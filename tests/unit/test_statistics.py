@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.statistics import NOBODY, Head, StatisticsHead, Sums, adapted, shapes, solve
+from common.statistics import (
+    NOBODY,
+    USUAL,
+    Head,
+    StatisticsHead,
+    Sums,
+    adapted,
+    apart,
+    shapes,
+    solve,
+    temperature,
+)  # fmt: skip
 
 CLASSES, DIM = 7, 12
 
@@ -180,3 +191,24 @@ def test_a_site_without_images_sends_what_changes_nothing() -> None:
     assert nothing.objection(0) == ""
     assert solve(nothing, torch.zeros(DIM)) is None
     assert torch.equal((HONEST + nothing).scatter, HONEST.scatter)
+
+
+def test_a_tenth_of_every_class_is_put_apart_and_never_its_last_images() -> None:
+    labels = torch.tensor([0] * 5 + [1] * 6 + [2] * 40)[torch.randperm(51, generator=torch.Generator().manual_seed(0))]
+    away = labels[apart(labels)]
+    assert torch.bincount(away, minlength=3).tolist() == [0, 1, 4]
+    assert not apart(labels[:0]).any()
+
+
+def test_the_temperature_is_what_makes_a_site_certain_to_the_degree_it_is_right() -> None:
+    rng = torch.Generator().manual_seed(5)
+    counts = torch.tensor([600, 300, 100, 0])
+    prior = torch.log(counts / counts.sum())
+    logits = 3 * torch.randn(4000, 4, generator=rng)
+    for true in (0.3, 0.6, 1.0):
+        chances = torch.softmax(true * logits + prior, dim=1)
+        y = torch.multinomial(chances, 1, generator=rng).flatten()
+        assert temperature(logits, y, counts) == pytest.approx(true, rel=0.12)
+    few = temperature(logits[:3], y[:3], counts)
+    assert temperature(logits[:0], y[:0], counts) == pytest.approx(USUAL, rel=0.05)
+    assert USUAL / 3 < few < 3 * USUAL
