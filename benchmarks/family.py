@@ -2,6 +2,7 @@
 
     python -m benchmarks.family cpu-scale --data FOLDER [--jobs 2] [--only fedloge] [--list]
     python -m benchmarks.family demo-choice
+    python -m benchmarks.family ladder-cifar10-r30 --data FOLDER
     python -m benchmarks.family cifar100-k40-a0.5-if0.01 --data FOLDER --only fedloge
 
 Runs go to `runs/FAMILY/NAME`; each resumes where it stopped, finished ones are skipped, and every finished run
@@ -61,6 +62,20 @@ DEMO_CHOICE = tuple(
         (f"frame.norm={norm}", f"federation.rounds={rounds}", "partition.holdout=0.25", "evaluation.on=holdout"))
     for norm in ("0.1", "0.3", "1.0", "3.0") for rounds in (10, 20, 40)
 )  # fmt: skip
+# A rung of the ladder: FedLoGe+ and what it must beat, each with heads computed from class statistics as well. FedRoD
+# needs no run of its own: fedloge+ trains it to the bit (a test says so) and reports its models too.
+LADDER = (
+    Row("fedloge+", THREE, "fedloge+"),
+    Row("fedavg-ft", THREE, "fedavg-ft", ("method.probes=true",)),
+    Row("balanced-global", THREE, "balanced", ("method.prior=global",)),
+    Row("fedloge", THREE, "fedloge"),
+    Row("fedloge-published", THREE, "fedloge", ("frame.norm=0.1",)),
+    Row("fedetf", THREE, "fedetf"),
+    Row("fedper", THREE, "fedper"),
+    Row("fedrep", THREE, "fedrep"),
+    Row("ditto", THREE, "ditto"),
+    Row("creff", THREE, "creff"),
+)
 
 
 def _published(data: str, imbalance: str, seeds: tuple[int, ...] = (1,)) -> tuple[Row, ...]:
@@ -90,6 +105,7 @@ FAMILIES = {
     "wire": (HERE / "experiments" / "cpu-scale.toml", WIRE),
     "precision": (HERE / "experiments" / "cpu-scale.toml", PRECISION),
     "demo-choice": (HERE.parent / "fedloge" / "demo.toml", DEMO_CHOICE),
+    **{f"ladder-{path.stem}": (path, LADDER) for path in sorted((HERE / "experiments" / "ladder").glob("*.toml"))},
     **PUBLISHED,
 }
 

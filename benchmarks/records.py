@@ -19,6 +19,8 @@ HERE = Path(__file__).parent
 RECORDS = HERE / "records"
 RESULTS = HERE / "RESULTS.md"
 GROUPS = ("many", "medium", "few")
+# Rows whose training is another method's to the bit: that one, and which predictors are their own.
+SAME_TRAINING = {"fedavg-ft": ("fedavg", ("tuned",)), "fedloge+": ("fedrod", ("statistics", "mixed"))}
 
 
 def main() -> None:
@@ -124,8 +126,8 @@ def _table(family: Path, kind: str) -> list[str]:
 def _label(record: str, predictor: str) -> str:
     """The row of a family a record belongs to: its name without the seed."""
     label = record.rpartition("-s")[0]
-    # the same training to the bit; only the tuned head is the other method's
-    return "fedavg" if label == "fedavg-ft" and predictor != "tuned" else label
+    plain, own = SAME_TRAINING.get(label, (label, ()))
+    return label if predictor in own else plain
 
 
 def _reference(rows: dict[tuple[str, str], Any], kind: str) -> tuple[str, str]:

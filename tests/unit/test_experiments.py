@@ -19,6 +19,7 @@ from fedloge.demo import DEMO
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
 FILES = sorted(EXPERIMENTS.glob("*.toml"))
+LADDER = sorted((EXPERIMENTS / "ladder").glob("*.toml"))
 
 #                                source, model, sites, alpha, imbalance, share of the sites in a round
 REFERENCE = {
@@ -82,10 +83,10 @@ def test_every_file_is_one_this_test_knows() -> None:
     assert {path.stem for path in FILES} == REFERENCE.keys() | others
 
 
-@pytest.mark.parametrize("path", [*FILES, DEMO], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*FILES, *LADDER, DEMO], ids=lambda path: path.stem)
 def test_every_experiment_parses_and_is_called_like_its_file(path: Path) -> None:
     experiment = config.load(path)
-    assert experiment.name == path.stem
+    assert experiment.name == (f"ladder-{path.stem}" if path in LADDER else path.stem)
     assert config.parse(experiment.as_dict()) == experiment
 
 

@@ -15,6 +15,8 @@ from common.engine import run_phase
 from common.methods.apfl import APFL, mixed
 from common.methods.creff import BATCH, CReFF, class_gradients, distance, gradients
 from common.methods.fedavg import PROBES
+from common.methods.fedloge_plus import loss as plus_loss
+from common.methods.fedrod import rod_loss
 from common.methods.method import ServerState, Site
 from common.net import Net
 from common.parts import Tensors, snapshot
@@ -71,6 +73,41 @@ def test_probes_change_nothing_else(method: str) -> None:
     plain, probed = state(method).parts, state(method, probes=True).parts
     assert PROBES.keys() <= probed.keys()
     assert same(plain, only(probed, *plain))
+
+
+def test_fedloge_plus_trains_what_fedrod_trains_to_the_bit() -> None:
+    """Where features are short enough for its step, as they are at the start and with a learned head altogether."""
+    fedrod, plus = tiny({"name": "fedrod"}), tiny({"name": "fedloge+"})
+    ends = [federation.run(3)[-1].state.parts for federation in (fedrod, plus)]
+    assert same(ends[0], only(ends[1], *ends[0]))
+    for name in fedrod.sites:
+        kept = [federation.sites[name].store.load(before=9) or {} for federation in (fedrod, plus)]
+        assert same(*kept)
+
+
+def test_the_personal_head_of_fedloge_plus_is_stable_however_long_features_are() -> None:
+    """FedRoD's is not: on features a hundred times as long its loss grows instead."""
+    losses = {}
+    for name, step in (("fedrod", rod_loss), ("fedloge+", plus_loss)):
+        federation = tiny({"name": name})
+        net, site = at_site(federation)
+        given = federation.method.phases(net, site)[0].given
+        (x, y), *_ = site.batches(0, 0)
+        long = net.features(x).detach() * 100
+        net.features = lambda _, f=long: f  # type: ignore[method-assign]
+        head = net["local_head"]
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.03, momentum=0.5)
+        curve = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            step(net, x, y, given).backward()
+            optimizer.step()
+            with torch.no_grad():
+                curve.append(float(F.cross_entropy(net["global_head"](long) + head(long), y)))
+        losses[name] = curve
+    assert losses["fedloge+"][-1] < 0.5 * losses["fedloge+"][0]
+    assert max(losses["fedloge+"]) <= losses["fedloge+"][0] * 1.01
+    assert max(losses["fedrod"]) > 1.1 * losses["fedrod"][0]
 
 
 def test_fedrods_generic_model_is_balanced_softmax() -> None:
