@@ -8,7 +8,6 @@ from torch import Tensor
 
 from client.store import Store
 from client.train import train
-from common import statistics
 from common.errors import UserError
 from common.features import features_of
 from common.images import Images
@@ -88,13 +87,11 @@ class Participant:
             self.net.load(kept)
 
     def count(self, centre: Tensor) -> Sums:
-        """The class statistics, about `centre`, of the training images as the backbone of the net sees them. Those that
-        are put apart are not in them."""
+        """The class statistics of the training images as they are, by the backbone of the net, about `centre`."""
         backbone, centre = self.net["backbone"], centre.to(self.device)
         sums = Sums.nothing(len(self.task.classes), len(centre), self.device)
         batch, precision = self.task.config.evaluation.batch, self.task.config.train.precision
-        index = self.train_index[~statistics.apart(self.images.labels[self.train_index])]
-        for f, y in features_of(backbone, self.images, index, self.device, batch, precision):
+        for f, y in features_of(backbone, self.images, self.train_index, self.device, batch, precision):
             sums.add(f.double() - centre, y)
         return sums
 

@@ -21,7 +21,6 @@ from common.realign import linear
 
 PART = "statistics"  # of a net: the head of everybody, as its sites get it
 NOBODY = -1e9  # logit of a class that no site has
-TENTH = 10  # one image of so many of a class is put apart at a site
 USUAL = 0.6  # temperature that was best where it was looked for
 LOOSE = 2.0  # how much evidence it takes to depart from it: so many times its squared logarithm
 TEMPERATURES = torch.logspace(-1, 0.5, 61).tolist()
@@ -133,21 +132,13 @@ def adapted(head: StatisticsHead, counts: Tensor, temperature: float) -> nn.Line
     return linear(temperature * head.weight, temperature * head.bias + _log_prior(counts).to(head.bias))
 
 
-def apart(labels: Tensor) -> Tensor:
-    """Which of a site's training images are not in its statistics: the sixth of every class, the sixteenth, ..."""
-    rank = torch.zeros_like(labels)
-    for c in labels.unique():  # type: ignore[no-untyped-call]
-        where = (labels == c).nonzero().flatten()
-        rank[where] = torch.arange(len(where))
-    return rank % TENTH == TENTH // 2
-
-
 @torch.no_grad()
 def temperature(logits: Tensor, y: Tensor, counts: Tensor) -> float:
-    """The one by which a site's adapted head is most likely to say `y` of images that are not in the statistics.
+    """The one by which a site's adapted head is most likely to say `y` of augmented training images.
 
-    The scatter takes features for more certain than they are of new images, so it is below 1. The fewer images there
-    are to choose by, the nearer it stays to what is usual.
+    The scatter takes features for more certain than they are, so it is below 1. Augmented, images are not those of the
+    statistics; it comes out as it does on images put apart. The fewer images there are to choose by, the nearer it
+    stays to what is usual.
     """
     shifted = _log_prior(counts).to(logits).masked_fill(counts <= 0, -torch.inf)
 

@@ -196,10 +196,11 @@ def computed(net: Net, site: Site | None = None) -> dict[str, Predictor]:
 @torch.no_grad()
 def _adapted(head: statistics.StatisticsHead, backbone: nn.Module, site: Site) -> nn.Linear:
     config = site.task.config
-    index = site.train[statistics.apart(site.images.labels[site.train])][:JUDGED]
     batch, precision = config.evaluation.batch, config.train.precision
-    said = [(head(f), y) for f, y in features_of(backbone, site.images, index, site.device, batch, precision)]
-    logits, y = (torch.cat(part) for part in zip(*said, strict=True)) if said else (head.bias[None][:0], site.train[:0])
+    rng = generator(config.seed, "temperature", site.round, site.name)
+    index = site.train[torch.randperm(len(site.train), generator=rng)[:JUDGED]]
+    said = [(head(f), y) for f, y in features_of(backbone, site.images, index, site.device, batch, precision, rng)]
+    logits, y = (torch.cat(part) for part in zip(*said, strict=True))
     return statistics.adapted(head, site.counts, statistics.temperature(logits, y, site.counts))
 
 

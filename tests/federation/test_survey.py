@@ -57,9 +57,7 @@ def pooled(federation: Federation, names: list[str]) -> StatisticsHead:
     config = federation.task.config
     state = config.method.init(federation.net, federation.task)
     about = centre(federation.net, federation.task, state)
-    labels = federation.images.labels
-    sites = [federation.sites[name].train_index for name in names]
-    index = torch.cat([mine[~statistics.apart(labels[mine])] for mine in sites])
+    index = torch.cat([federation.sites[name].train_index for name in names])
     sums = Sums.nothing(len(federation.task.classes), len(about))
     for f, y in features_of(federation.net["backbone"], federation.images, index, federation.device, 64):
         sums.add(f.double() - about, y)

@@ -15,7 +15,6 @@ from common.statistics import (
     StatisticsHead,
     Sums,
     adapted,
-    apart,
     shapes,
     solve,
     temperature,
@@ -191,13 +190,6 @@ def test_a_site_without_images_sends_what_changes_nothing() -> None:
     assert nothing.objection(0) == ""
     assert solve(nothing, torch.zeros(DIM)) is None
     assert torch.equal((HONEST + nothing).scatter, HONEST.scatter)
-
-
-def test_a_tenth_of_every_class_is_put_apart_and_never_its_last_images() -> None:
-    labels = torch.tensor([0] * 5 + [1] * 6 + [2] * 40)[torch.randperm(51, generator=torch.Generator().manual_seed(0))]
-    away = labels[apart(labels)]
-    assert torch.bincount(away, minlength=3).tolist() == [0, 1, 4]
-    assert not apart(labels[:0]).any()
 
 
 def test_the_temperature_is_what_makes_a_site_certain_to_the_degree_it_is_right() -> None:
