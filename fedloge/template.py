@@ -17,7 +17,7 @@ from common.methods import METHODS
 from common.methods.method import Method
 
 WIDTH = 120
-METHOD = "fedloge"
+METHOD = "fedloge+"
 HIDDEN = {"evaluation.on", "run.lanes"}  # have one possible value in a federation of real sites
 OPENING = """\
 # The settings of a federation: every key there is, with its default.
@@ -27,7 +27,7 @@ SECTIONS: dict[str, tuple[Any, str]] = {
     "server": (deployment.ServerConfig, "Where the server is. Kits carry host and port: renew them after a change."),
     "images": (deployment.ImagesConfig, "What an image is, for everybody. Kits carry the classes: list them first."),
     "model": (config.ModelConfig, "What is trained."),
-    "frame": (config.FrameConfig, "The fixed frame of the method fedloge; the server makes it once."),
+    "frame": (config.FrameConfig, "The fixed frame of the method fedloge and its likes; the server makes it once."),
     "train": (config.TrainConfig, "How a site trains in a round."),
     "federation": (config.FederationConfig, "Rounds: when one starts, when it counts, what is done when sites fail."),
     "evaluation": (config.EvaluationConfig, "When and how the models are judged."),
