@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 OBJECT = 16 << 20  # bytes of one object, refused before they are read; Flower cuts arrays into pieces of 5 MB
 PIECE = 64 << 10  # no site cuts them smaller than this
 PULLS = 2  # objects under way at a time; more gains nothing
-LOOK = 0.05  # seconds between two looks for more replies while one is in hand and comes
+LOOK = 0.05  # seconds between two looks for more replies while one is in hand and comes, and none after it
 SHORT, LONG = 0.01, 0.2  # seconds between two questions: the longer nothing happens, the longer
 STALL = 1.0  # seconds a reply may keep others waiting by not coming
 STUCK = 600.0  # seconds after which one that does not come any further is given up; 10 MB on a very slow line
@@ -86,6 +86,7 @@ class Post:
         self._clock = clock
         self._narrow, self._channel = _narrow(grid)
         self._pool = ThreadPoolExecutor(PULLS, "pull")
+        self._aside = ThreadPoolExecutor(1, "forget")  # nobody waits for it
         self._open: dict[str, Letter] = {}  # those not answered, by id
         self._dropped: set[str] = set()  # those of them whose answer is not wanted any more
         self._arrivals: deque[_Arrival] = deque()  # the first is in hand
@@ -131,7 +132,8 @@ class Post:
         """The next answer, or None when there was none within `timeout` seconds."""
         until = self._clock() + timeout
         while True:
-            if not (self._arrivals and self._pause == SHORT and self._clock() < self._looked + LOOK):
+            enough = len(self._arrivals) > 1 or (self._arrivals and self._clock() < self._looked + LOOK)
+            if self._pause > SHORT or not enough:
                 self._look()
             moved = not self._answers and self._pull()
             if self._answers:
@@ -150,6 +152,7 @@ class Post:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._aside.shutdown()
         self._channel.close()
 
     def _look(self) -> None:
@@ -273,12 +276,16 @@ class Post:
             self._answers.append(Answer(arrival.letter, content, error))
 
     def _forget(self, message: str) -> None:
-        """Have the SuperLink free its objects."""
+        """Have the SuperLink free its objects, soon."""
         request = ConfirmMessageReceivedRequest(node=self._grid.node, run_id=self._run_id, message_object_id=message)
-        try:
-            self._grid._stub.ConfirmMessageReceived(request)
-        except grpc.RpcError as error:
-            log.warning("the SuperLink failed at forgetting a message: %s", line(error.details() or ""))
+
+        def confirm() -> None:
+            try:
+                self._grid._stub.ConfirmMessageReceived(request)
+            except grpc.RpcError as error:
+                log.warning("the SuperLink failed at forgetting a message: %s", line(error.details() or ""))
+
+        self._aside.submit(confirm)
 
 
 def _narrow(grid: GrpcGrid) -> tuple[Any, Any]:

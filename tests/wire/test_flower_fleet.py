@@ -91,10 +91,14 @@ class Server:
         )  # fmt: skip
 
     def nothing_left(self) -> bool:
-        """Nothing of what was sent either way is left at the SuperLink."""
+        """Nothing of what was sent either way is left at the SuperLink, which hears soon of what has ended."""
         self.fleet.names(0, 0.0)
-        state = self.link.state
-        return len(self.link.store) + state.num_message_ins() + state.num_message_res() == 0
+        state, until = self.link.state, time.monotonic() + 2.0
+        while left := len(self.link.store) + state.num_message_ins() + state.num_message_res():
+            if time.monotonic() > until:
+                break
+            time.sleep(0.01)
+        return left == 0
 
 
 def serve(
@@ -515,8 +519,21 @@ def test_a_node_that_the_superlink_does_not_know_is_left_out(link: SuperLink) ->
     letters = post.send({north.id: record, 77: record}, {north.id: "north", 77: "nobody"}, CARD, 60.0, 10_000)
     assert [letter.name for letter in letters] == ["north"]
     assert post.next(20.0) is not None
-    assert len(link.store) == 0
     post.close()
+    assert len(link.store) == 0
+
+
+def test_nobody_waits_until_the_superlink_has_forgotten(link: SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    north = link.join("north", doing())
+    post = Post(link.grid)
+    confirm, may = link.grid._stub.ConfirmMessageReceived, threading.Event()
+    monkeypatch.setattr(link.grid._stub, "ConfirmMessageReceived", lambda request: may.wait(20.0) and confirm(request))
+    post.send({north.id: RecordDict({"x": ConfigRecord({"y": 1})})}, {north.id: "north"}, CARD, 60.0, 10_000)
+    assert post.next(10.0) is not None
+    assert len(link.store) > 0
+    may.set()
+    post.close()  # by the end it has
+    assert len(link.store) == 0
 
 
 # --- replies that are announced before they are there ----------------------------------------------------------------
