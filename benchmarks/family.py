@@ -14,8 +14,9 @@ want a GPU: docs/experiments.md.
 import argparse
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import records
@@ -78,6 +79,14 @@ LADDER = (
 )
 
 
+def _rung(path: Path) -> tuple[Row, ...]:
+    """The rows of one rung; where its data are files of the folder, each is looked for there."""
+    data = tomllib.loads(path.read_text(encoding="utf-8"))["data"]
+    files = {key: Path(data[key]).name for key in ("path", "test_path") if data["source"] == "npz"}
+    place = tuple(f"data.{key}={{data}}/{name}" for key, name in files.items())
+    return tuple(replace(row, settings=(*place, *row.settings)) for row in LADDER)
+
+
 def _published(data: str, imbalance: str, seeds: tuple[int, ...] = (1,)) -> tuple[Row, ...]:
     """A published setting at its size, on the data sets that benchmarks.unpack makes: the same images in the same
     order as from the original files. TF32 is what the authors' convolutions were computed in."""
@@ -105,7 +114,7 @@ FAMILIES = {
     "wire": (HERE / "experiments" / "cpu-scale.toml", WIRE),
     "precision": (HERE / "experiments" / "cpu-scale.toml", PRECISION),
     "demo-choice": (HERE.parent / "fedloge" / "demo.toml", DEMO_CHOICE),
-    **{f"ladder-{path.stem}": (path, LADDER) for path in sorted((HERE / "experiments" / "ladder").glob("*.toml"))},
+    **{f"ladder-{path.stem}": (path, _rung(path)) for path in sorted((HERE / "experiments" / "ladder").glob("*.toml"))},
     **PUBLISHED,
 }
 

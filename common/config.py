@@ -60,7 +60,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    kind: Literal["dirichlet", "shards", "groups", "iid"] = "dirichlet"
+    # group-dirichlet: as dirichlet, but natural groups (all pictures of one object, say) stay whole
+    kind: Literal["dirichlet", "group-dirichlet", "shards", "groups", "iid"] = "dirichlet"
     clients: int = 4  # sites; with kind = groups: at most this many groups, largest first, 0 for all
     alpha: float = 0.5  # Dirichlet concentration: small is very different sites
     shards: int = 2  # classes' shards per client, kind = shards

@@ -25,8 +25,10 @@ def split(labels: Tensor, config: PartitionConfig, groups: Sequence[str] | None 
         return list(natural(groups, config.clients).values())
     if config.clients > len(labels):
         raise UserError(f"partition.clients = {config.clients} sites cannot share {len(labels)} images: use fewer")
-    make = {"dirichlet": _dirichlet, "shards": _shards, "iid": _iid}[config.kind]
-    clients = make(labels, config)
+    if config.kind == "group-dirichlet":
+        clients = _whole_groups(labels, config, groups)
+    else:
+        clients = {"dirichlet": _dirichlet, "shards": _shards, "iid": _iid}[config.kind](labels, config)
     for k, index in enumerate(clients):
         if len(index) == 0:
             raise UserError(
@@ -61,6 +63,17 @@ def _dirichlet(labels: Tensor, config: PartitionConfig) -> list[Tensor]:
         owner[index] = rng.choice(K, len(index), p=p)
     order = np.concatenate(by_class)
     return [torch.from_numpy(order[owner[order] == k]) for k in range(K)]
+
+
+def _whole_groups(labels: Tensor, config: PartitionConfig, groups: Sequence[str] | None) -> list[Tensor]:
+    """What `_dirichlet` does with images, done with groups; one counts for the class of its first image."""
+    members = list(natural(groups).values())
+    first = torch.stack([labels[index[0]] for index in members])
+    if config.clients > len(members):
+        raise UserError(f"partition.clients = {config.clients} sites cannot share {len(members)} groups: use fewer")
+    owned = _dirichlet(first, config)
+    nothing = torch.empty(0, dtype=torch.int64)
+    return [torch.cat([nothing, *(members[i] for i in own.tolist())]).sort().values for own in owned]
 
 
 def _shards(labels: Tensor, config: PartitionConfig) -> list[Tensor]:

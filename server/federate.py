@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from common import metrics
-from common.config import RunConfig
+from common.config import Config, RunConfig
 from common.deployment import Deployment, from_settings
 from common.errors import UserError
 from common.messages import Judgement, Order
 from common.methods.method import ServerState
-from common.net import best_device, build_on, roles
+from common.net import Task, best_device, build_on, roles
 from common.statistics import PART
 from server import checkpoint, rounds, run_folder
 from server.checkpoint import Checkpoint, Writer
@@ -93,7 +93,8 @@ def _begin(
             raise UserError(
                 f"{folder} holds {done} rounds, more than federation.rounds = {wanted}: ask for as many or more"
             )
-        if done == wanted and (result := run_folder.finished(folder, done)):
+        surveyed = not _unsurveyed(config, deployment.task, found.state)
+        if done == wanted and surveyed and (result := run_folder.finished(folder, done)):
             took_part = {name for e in found.history for name in e["sites"]}
             fleet.names(len(took_part), PATIENCE)  # the sites look for a server that can tell them so
             return result
@@ -158,10 +159,9 @@ class _Run:
     def _end(self, state: ServerState) -> dict[str, Any]:
         """The sites keep and judge their personal models; until metrics.json is there, a resume begins here."""
         log.info("all %d rounds are done: the sites judge the final models", state.round)
-        missed = "evaluation" not in self._history[-1]  # it went on only to be ended earlier than it was once meant to
-        if missed or PART not in state.parts:  # heads from class statistics may be asked for only now
+        # the run went on only to be ended earlier than it was once meant to, or there is more to judge than there was
+        if "evaluation" not in self._history[-1] or _unsurveyed(self.config, self.task, state):
             state = self._surveyed(state)
-        if missed:
             self._history[-1]["evaluation"] = self._judge(state)
         report = rounds.final_judgement(self._fleet, self.method, state, self.config.federation, self._hooks)
         if not report.judged:
@@ -268,6 +268,11 @@ class _Reporting:
 
     def broadcast(self, order: Order, names: Sequence[str], deadline: float) -> Exchange:
         return self._fleet.broadcast(order, names, deadline)
+
+
+def _unsurveyed(config: Config, task: Task, state: ServerState) -> bool:
+    """Whether heads computed from class statistics are asked for that were not when the state was made."""
+    return config.method.surveyed(task) and PART not in state.parts
 
 
 def over_sites(judged: Mapping[str, Judgement], kind: str) -> dict[str, Any]:

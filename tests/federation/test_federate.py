@@ -23,7 +23,7 @@ from common.parts import digest
 from server import checkpoint, federate, rounds, run_folder, status
 from server.fleet import Exchange, Failure, LocalFleet
 from server.status import Board
-from tests.members import NAMES, Handler, deployment, images, members
+from tests.members import NAMES, Handler, Ticket, deployment, images, members
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -117,6 +117,42 @@ def test_a_federation_leaves_its_question_its_story_and_its_models(data: Path, t
     assert shown.personal == last["personal"]["phi+psi_k"]["top1"]
 
 
+def test_heads_from_statistics_may_be_asked_for_when_all_is_done(data: Path, tmp_path: Path) -> None:
+    """Nothing is trained again; what there was keeps its figures."""
+    folder, sites = tmp_path / "run", members(data, tmp_path / "sites")
+    before = run(deployment(data), folder, sites)
+    wish = deployment(data, evaluation={"statistics": True, "last": 1})
+    for member in sites.values():
+        member.ended.unlink(missing_ok=True)
+    after = run(wish, folder, sites)
+    assert after["rounds"] == before["rounds"]
+    last = before["evaluations"][-1]
+    for kind in ("generic", "generic_local", "personal"):
+        assert list(after[kind]) == [*last[kind], "statistics"]
+        assert {name: after[kind][name] for name in last[kind]} == last[kind]
+        assert after[kind]["statistics"]["top1"] > 0.5
+    assert run(wish, folder, sites) == after  # and then it is done
+
+
+def test_a_site_that_keeps_its_statistics_says_so_once_and_is_served(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    wish = deployment(data, "fedloge+", evaluation={"every": 1})
+    sites = members(data, tmp_path / "sites")
+    name = NAMES[0]
+    sites[name] = Member(
+        Ticket(name), data / f"{name}.npz", tmp_path / "sites" / name, device="cpu", keep_statistics=True
+    )
+    result = run(wish, tmp_path / "run", sites)
+    assert next(iter(result["generic"])) == "statistics"
+    assert next(iter(result["personal"])) == "mixed"
+    assert set(result["personal"]["mixed"]["per_site"]) == set(NAMES)
+    assert caplog.text.count("this site keeps its own to itself") == 1
+    assert caplog.text.count("how many images of each class there are here and their mean features are sent") == 2
+    assert f"kept to themselves: {name}" in caplog.text
+
+
 def test_the_sites_figures_belong_to_the_round_they_judged(data: Path, tmp_path: Path) -> None:
     """They come with the next round; to the last ones they come at the end."""
     wish = deployment(data, evaluation={"every": 1})
@@ -202,7 +238,7 @@ def test_a_round_has_a_deadline_only_while_it_is_open(
 # --- checkpoints are written while the next round runs ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fedloge", "creff"])
+@pytest.mark.parametrize("method", ["fedloge", "fedloge+", "creff"])
 def test_a_checkpoint_is_written_while_the_next_round_runs(
     data: Path, tmp_path: Path, whole: Callable[[str], Path], caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
@@ -308,7 +344,7 @@ def crash(prepare: Callable[[pytest.MonkeyPatch], object]) -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize("method", ["fedloge", "ditto", "creff"])
+@pytest.mark.parametrize("method", ["fedloge", "fedloge+", "ditto", "creff"])
 def test_a_crash_at_any_moment_changes_nothing(
     whole: Callable[[str], Path], data: Path, tmp_path: Path, method: str
 ) -> None:

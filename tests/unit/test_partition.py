@@ -1,5 +1,6 @@
 """Partitions: the published client sizes to the image, and nothing lost or held twice."""
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -86,9 +87,28 @@ def test_natural_groups_largest_first() -> None:
     assert [part.tolist() for part in split(torch.zeros(7).long(), config, names)] == [[0, 3, 6], [1, 4], [2]]
 
 
+def test_groups_can_be_spread_whole_by_class() -> None:
+    """Every image goes somewhere, no group is torn apart, and sites differ in their classes."""
+    labels = torch.arange(6).repeat_interleave(60)
+    names = [f"{c}-{i % 12}" for c in range(6) for i in range(60)]
+    config = PartitionConfig(kind="group-dirichlet", clients=4, alpha=0.5)
+    parts = split(labels, config, names)
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(360))
+    owners: dict[str, set[int]] = {}
+    for k, part in enumerate(parts):
+        for i in part.tolist():
+            owners.setdefault(names[i], set()).add(k)
+    assert all(len(who) == 1 for who in owners.values())
+    spread = torch.stack([torch.bincount(labels[part], minlength=6) for part in parts]).float()
+    assert float((spread / spread.sum(dim=0)).std()) > 0.15
+    assert all(torch.equal(a, b) for a, b in zip(parts, split(labels, config, names), strict=True))
+    assert not torch.equal(parts[0], split(labels, replace(config, seed=1), names)[0])
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (PartitionConfig(kind="group-dirichlet"), r"needs data with groups"),
         (PartitionConfig(clients=31), r"partition\.clients = 31 .* 30 images: use fewer"),
         (PartitionConfig(clients=30, alpha=0.01), r"client \d+ of 30 got no image .* fewer .*partition\.alpha"),
         (PartitionConfig(clients=5, alpha=1e-300), r"partition\.alpha = 1e-300 is too small"),
