@@ -63,14 +63,14 @@ DEMO_CHOICE = tuple(
         (f"frame.norm={norm}", f"federation.rounds={rounds}", "partition.holdout=0.25", "evaluation.on=holdout"))
     for norm in ("0.1", "0.3", "1.0", "3.0") for rounds in (10, 20, 40)
 )  # fmt: skip
-# A rung of the ladder: FedLoGe+ and what it must beat, each with heads computed from class statistics as well. FedRoD
-# needs no run of its own: fedloge+ trains it to the bit (a test says so) and reports its models too.
+# A rung of the ladder: FedLoGe+ and what it must beat, each with heads computed from class statistics as well.
 LADDER = (
     Row("fedloge+", THREE, "fedloge+"),
     Row("fedavg-ft", THREE, "fedavg-ft", ("method.probes=true",)),
     Row("balanced-global", THREE, "balanced", ("method.prior=global",)),
     Row("fedloge", THREE, "fedloge"),
     Row("fedloge-published", THREE, "fedloge", ("frame.norm=0.1",)),
+    Row("fedrod", THREE, "fedrod"),
     Row("fedetf", THREE, "fedetf"),
     Row("fedper", THREE, "fedper"),
     Row("fedrep", THREE, "fedrep"),

@@ -20,7 +20,7 @@ RECORDS = HERE / "records"
 RESULTS = HERE / "RESULTS.md"
 GROUPS = ("many", "medium", "few")
 # Rows whose training is another method's to the bit: that one, and which predictors are their own.
-SAME_TRAINING = {"fedavg-ft": ("fedavg", ("tuned",)), "fedloge+": ("fedrod", ("statistics", "mixed"))}
+SAME_TRAINING = {"fedavg-ft": ("fedavg", ("tuned",))}
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ def solve(sums: Sums, centre: Tensor) -> Head | None:
 
 def adapted(head: StatisticsHead, counts: Tensor, temperature: float) -> nn.Linear:
     """The head of one site: t (w_c f + b_c) + log pi_c, pi its own class frequencies, which it keeps to itself."""
-    return linear(temperature * head.weight, temperature * head.bias + _log_prior(counts).to(head.bias))
+    return linear(temperature * head.weight, temperature * head.bias + log_frequencies(counts).to(head.bias))
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def temperature(logits: Tensor, y: Tensor, counts: Tensor) -> float:
     statistics; it comes out as it does on images put apart. The fewer images there are to choose by, the nearer it
     stays to what is usual.
     """
-    shifted = _log_prior(counts).to(logits).masked_fill(counts <= 0, -torch.inf)
+    shifted = log_frequencies(counts).to(logits).masked_fill(counts <= 0, -torch.inf)
 
     def cost(t: float) -> float:
         return float(F.cross_entropy(t * logits + shifted, y, reduction="sum")) + LOOSE * math.log(t / USUAL) ** 2
@@ -149,7 +149,8 @@ def temperature(logits: Tensor, y: Tensor, counts: Tensor) -> float:
     return best
 
 
-def _log_prior(counts: Tensor) -> Tensor:
+def log_frequencies(counts: Tensor) -> Tensor:
+    """log pi_c, finite also for classes a site has not: they are masked where it counts."""
     return torch.log(counts.double().clamp_min(0.5) / counts.sum().clamp_min(1))
 
 

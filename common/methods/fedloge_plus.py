@@ -1,38 +1,59 @@
 """FedLoGe+: what is left of FedLoGe when every ingredient has to show on the records that it helps. Our own.
 
-Shared: backbone, global_head. Fixed: nothing (the computed head goes to all sites). Local: local_head.
+Shared: backbone. Fixed: frame (W; and the computed head goes to all sites). Local: local_head (P).
 FedLoGe trains a generic and a personal head for a long tail and mends both by their norms afterwards. Here
 - the generic head is not mended but computed, from everybody's class statistics (common/statistics.py). Equal priors
   are in its formula, so a class with fifty images is on a par with one that has five thousand;
-- the backbone learns through a head with balanced softmax by the site's own counts, which stay there, and not through
-  the fixed frame, whose norm has to fit the length of the training (docs/method.md);
+- the frame still trains the backbone, by balanced softmax with the site's own counts, which stay there, and at a
+  temperature that suits tens of rounds (`norm`; the published .1 suits long runs of large models);
 - the personal model is the mean of two that err in different ways: the computed head at the site's temperature and
-  prior, and the global head plus a residual that the site has trained and keeps.
-The residual learns on detached features and logits, as psi and phi do in FedLoGe, whose heads diverge once features are
-long. Here its loss is scaled by what the features of the batch allow, so it is stable whatever they are.
-Without any site's statistics its models are those of FedRoD.
+  prior, and the frame with the site's prior and a residual P that the site trains and keeps.
+P learns on detached features and logits, as psi and phi do in FedLoGe, whose heads diverge once features are long. Its
+loss is scaled by what the features of the batch allow, so it is stable whatever they are. Without any site's statistics
+the frame is the generic head, and the personal model the second of the two.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.config import require
 from common.losses import balanced_softmax, log_prior
-from common.methods.fedrod import FedRoD
-from common.methods.method import Phase, Predictor, Site, computed
-from common.net import Net
+from common.methods.fedloge import FrameHead, solve_frame
+from common.methods.method import Method, Phase, Predictor, ServerState, Site, computed
+from common.net import Maker, Net, Task
 from common.parts import Tensors
-from common.realign import averaged
+from common.realign import averaged, linear
+from common.statistics import log_frequencies
 
 
 @dataclass(frozen=True)
-class FedLoGePlus(FedRoD):
+class FedLoGePlus(Method):
     name: ClassVar[str] = "fedloge+"
+    shared: ClassVar[frozenset[str]] = frozenset({"backbone"})
+    fixed: ClassVar[frozenset[str]] = frozenset({"frame"})
+    local: ClassVar[frozenset[str]] = frozenset({"local_head"})
     computed: ClassVar[bool] = True
+
+    norm: float = 3.0  # length of the frame's columns, in place of frame.norm
+
+    def __post_init__(self) -> None:
+        require(self.norm > 0, "method.norm", self.norm, "a number above 0")
+
+    def makers(self, task: Task) -> dict[str, Maker]:
+        return {
+            "backbone": lambda _: task.backbone(),
+            "frame": lambda dim: FrameHead(len(task.classes), dim),
+            "local_head": lambda dim: _nothing(task.head(dim)),
+        }
+
+    def init(self, net: Net, task: Task) -> ServerState:
+        solve_frame(net, replace(task.config.frame, norm=self.norm))
+        return super().init(net, task)
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
         del net
@@ -41,22 +62,38 @@ class FedLoGePlus(FedRoD):
         # most half the largest eigenvalue of E[f f^T], which is at most E|f|^2: this stays at half of the limit.
         bound = torch.tensor(2 * (1 + train.momentum) / train.lr, device=site.device)
         given = {"prior": log_prior(site.counts), "bound": bound}
-        return [Phase(("backbone", "global_head", "local_head"), loss, train.epochs, given)]
+        return [Phase(("backbone", "local_head"), loss, train.epochs, given)]
+
+    def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
+        del task
+        return {"frame": Predictor(net["backbone"], net["frame"])}
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
-        trained, found = super().personal(net, site), computed(net, site)
-        if not found:
-            return trained
-        residual, own = trained["global+residual"].head, found["statistics"].head
+        backbone, frame, residual = net["backbone"], net["frame"], net["local_head"]
+        assert isinstance(frame, FrameHead)
         assert isinstance(residual, nn.Linear)
-        assert isinstance(own, nn.Linear)
-        return {"mixed": Predictor(net["backbone"], averaged(residual, own)), **found, **trained}
+        prior = log_frequencies(site.counts).to(frame.weight)
+        trained = linear(frame.weight + residual.weight, prior + residual.bias)
+        own = computed(net, site)
+        found = {"frame+residual": Predictor(backbone, trained), **own}
+        found["frame+prior"] = Predictor(backbone, linear(frame.weight, prior))
+        if own:
+            head = own["statistics"].head
+            assert isinstance(head, nn.Linear)
+            found = {"mixed": Predictor(backbone, averaged(trained, head)), **found}
+        return found
 
 
 def loss(net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
     f = net.features(x)
-    generic = net["global_head"](f)
+    generic = net["frame"](f)
     stopped = f.detach()
-    residual = F.cross_entropy(generic.detach() + net["local_head"](stopped), y)
+    personal = generic.detach() + given["prior"] + net["local_head"](stopped)
     allowed = (given["bound"] / (1 + stopped.square().sum(dim=1).mean())).clamp_max(1.0)  # 1: of the bias
-    return balanced_softmax(generic, y, given["prior"]) + allowed * residual
+    return balanced_softmax(generic, y, given["prior"]) + allowed * F.cross_entropy(personal, y)
+
+
+def _nothing(head: nn.Module) -> nn.Module:
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return head
