@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import statistics as figures
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,11 @@ def sigma(epsilon: float) -> float:
 
     if math.isinf(epsilon):
         return 0.0
-    found: float = get_noise_multiplier(
-        target_epsilon=epsilon, target_delta=DELTA, sample_rate=1.0, steps=1, accountant="prv"
-    )
+    with warnings.catch_warnings():  # of logarithms of 0 and of a second, coarser accountant that it starts from
+        warnings.simplefilter("ignore")
+        found: float = get_noise_multiplier(
+            target_epsilon=epsilon, target_delta=DELTA, sample_rate=1.0, steps=1, accountant="prv"
+        )
     return found
 
 

@@ -47,8 +47,10 @@ def _coding(site: Participant, policy: FederationConfig, after: int, broadcast: 
             received = broadcast.of(order)
             if site.device.type == "cuda":  # the next one may be on another stream
                 torch.cuda.current_stream(site.device).synchronize()
-        reply = residual.code(site.handle(received), received.shared.get(PART, {}))
-        return opened(reply, order, policy.wire)
+        reply = site.handle(received)
+        if not order.train:  # nothing of it is a change
+            return reply
+        return opened(residual.code(reply, received.shared.get(PART, {})), order, policy.wire)
 
     return handle
 

@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from common import metrics
-from common.config import Config, RunConfig
+from common.config import RunConfig
 from common.deployment import Deployment, from_settings
 from common.errors import UserError
 from common.messages import Judgement, Order
 from common.methods.method import ServerState
-from common.net import Task, best_device, build_on, roles
-from common.statistics import PART
+from common.net import best_device, build_on, roles
 from server import checkpoint, rounds, run_folder
 from server.checkpoint import Checkpoint, Writer
 from server.fleet import Exchange, Fleet
 from server.models import TestSet, placed, save_generic
-from server.status import Board
+from server.status import Board, added
+from server.survey import unsurveyed
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _begin(
             raise UserError(
                 f"{folder} holds {done} rounds, more than federation.rounds = {wanted}: ask for as many or more"
             )
-        surveyed = not _unsurveyed(config, deployment.task, found.state)
+        surveyed = not unsurveyed(config.method, deployment.task, found.state)
         if done == wanted and surveyed and (result := run_folder.finished(folder, done)):
             took_part = {name for e in found.history for name in e["sites"]}
             fleet.names(len(took_part), PATIENCE)  # the sites look for a server that can tell them so
@@ -160,7 +160,7 @@ class _Run:
         """The sites keep and judge their personal models; until metrics.json is there, a resume begins here."""
         log.info("all %d rounds are done: the sites judge the final models", state.round)
         # the run went on only to be ended earlier than it was once meant to, or there is more to judge than there was
-        if "evaluation" not in self._history[-1] or _unsurveyed(self.config, self.task, state):
+        if "evaluation" not in self._history[-1] or unsurveyed(self.method, self.task, state):
             state = self._surveyed(state)
             self._history[-1]["evaluation"] = self._judge(state)
         report = rounds.final_judgement(self._fleet, self.method, state, self.config.federation, self._hooks)
@@ -180,8 +180,10 @@ class _Run:
         """With the head that is computed from everybody's class statistics, where the models are judged by it."""
         if not (self.method.surveyed(self.task) and run_folder.evaluated(self.config, state.round)):
             return state
-        policy = self.config.federation
-        return rounds.survey(self._fleet, self.method, self.task, state, self.net, policy, self._hooks)
+        policy, before = self.config.federation, self._board.status.traffic
+        state = rounds.survey(self._fleet, self.method, self.task, state, self.net, policy, self._hooks)
+        self._board.show(traffic=added(before, self._board.status.traffic))
+        return state
 
     def _after(self, report: rounds.RoundReport) -> None:
         self._board.show(deadline=None)  # it is closed, and what follows may take its time
@@ -268,11 +270,6 @@ class _Reporting:
 
     def broadcast(self, order: Order, names: Sequence[str], deadline: float) -> Exchange:
         return self._fleet.broadcast(order, names, deadline)
-
-
-def _unsurveyed(config: Config, task: Task, state: ServerState) -> bool:
-    """Whether heads computed from class statistics are asked for that were not when the state was made."""
-    return config.method.surveyed(task) and PART not in state.parts
 
 
 def over_sites(judged: Mapping[str, Judgement], kind: str) -> dict[str, Any]:

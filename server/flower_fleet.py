@@ -23,8 +23,9 @@ from common.errors import UserError
 from common.messages import LACKS, Order, Reply, class_digest
 from common.wire import CARD, JUDGE, OVER, TRAIN, VERSION, Card, decode_card, encode_ask
 from server.fleet import Failure
-from server.flower_orders import Orders, Traffic
+from server.flower_orders import Orders
 from server.flower_post import LATE, Answer, Letter, Post
+from server.status import Traffic
 
 log = logging.getLogger(__name__)
 

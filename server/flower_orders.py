@@ -6,7 +6,6 @@ the whole. Whatever two sites need alike is encoded once.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeAlias
 
 from flwr.app import RecordDict
 
@@ -19,8 +18,7 @@ from common.net import build
 from common.packed import fixed_digest
 from common.wire import Card, decode_reply, encode_order, reply_bytes, weight
 from server.broadcast import Broadcast, opened
-
-Traffic: TypeAlias = dict[str, dict[str, int]]  # site -> bytes down to it and up from it
+from server.status import Traffic
 
 
 class Orders:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from common import files
 
+Traffic: TypeAlias = dict[str, dict[str, int]]  # site -> bytes down to it and up from it
 Phase: TypeAlias = Literal["starting", "waiting", "training", "judging", "finished", "gave-up"]
 
 OFTEN = 0.2  # seconds between two writes
@@ -39,7 +40,7 @@ class Status:
     generic_local: float | None = None  # of the same model, as the mean over the sites' own test sets
     personal: float | None = None  # of the personal models, likewise
     judged_round: int = 0  # of the last two; 0 when there is none yet
-    traffic: dict[str, dict[str, int]] = field(default_factory=dict)  # site -> bytes of this round: down, up
+    traffic: Traffic = field(default_factory=dict)  # of this round
     round_began: float | None = None
     deadline: float | None = None  # when the open round is closed at the latest
     left: float | None = None  # seconds the remaining rounds will take if they go on like the last ones
@@ -92,3 +93,12 @@ def read(folder: Path) -> Status | None:
         return Status(**{key: value for key, value in table.items() if key in known})
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def added(first: Traffic, second: Traffic) -> Traffic:
+    """What both are together."""
+    ways = ("down", "up")
+    return {
+        name: {way: first.get(name, {}).get(way, 0) + second.get(name, {}).get(way, 0) for way in ways}
+        for name in sorted(first.keys() | second.keys())
+    }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common import statistics
 from common.messages import SCHEMA, Order, Reply
-from common.methods.method import ServerState
+from common.methods.method import Method, ServerState
 from common.net import Net, Task
 from common.parts import Manifest, Tensors
 from common.statistics import PART, Sums
@@ -67,3 +67,8 @@ def with_head(state: ServerState, head: Tensors) -> ServerState:
     like: Iterable[Tensor] = next(iter(state.parts.values())).values()
     device = next(iter(like)).device
     return replace(state, parts={**state.parts, PART: {name: t.to(device) for name, t in head.items()}})
+
+
+def unsurveyed(method: Method, task: Task, state: ServerState) -> bool:
+    """Whether a computed head is asked for that was not when the state was made."""
+    return method.surveyed(task) and PART not in state.parts
