@@ -24,6 +24,7 @@ NOBODY = -1e9  # logit of a class that no site has
 USUAL = 0.6  # temperature that was best where it was looked for
 LOOSE = 2.0  # how much evidence it takes to depart from it: so many times its squared logarithm
 TEMPERATURES = torch.logspace(-1, 0.5, 61).tolist()
+LARGEST = 1e24  # of a site's sums: products of features as large as a reply's may be, of many images
 SOUND = 1e-9  # share of the trace by which rounding may make a scatter less than nothing
 
 
@@ -84,6 +85,8 @@ class Sums:
         """
         if not all(t.isfinite().all() for t in vars(self).values()):
             return "its statistics are not finite"
+        if any(float(t.abs().max()) > LARGEST for t in vars(self).values()):
+            return f"its statistics have numbers above {LARGEST:g}"
         if bool((self.count < 0).any()) or bool((self.count != self.count.round()).any()):
             return "its statistics count classes in what are no whole numbers"
         if float(self.count.sum()) != examples:

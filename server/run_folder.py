@@ -37,9 +37,9 @@ def summary(config: Config, history: list[dict[str, Any]], groups: tuple[Groups,
         "rounds": history[-1]["round"],
         "judged_on": config.evaluation.on,
         "mean_of_rounds": [e["round"] for e in last],
-        "generic": _mean([e["generic"] for e in last]),
-        "generic_local": _mean([e.get("generic_local") for e in last]),
-        "personal": _mean([e["personal"] for e in last]),
+        "generic": _mean(_in_all([e["generic"] for e in last])),
+        "generic_local": _mean(_in_all([e.get("generic_local") for e in last])),
+        "personal": _mean(_in_all([e["personal"] for e in last])),
         "never_trained": last[-1]["never_trained"],
         "groups": {g.rule: dict(g.items()) for g in groups},
         "evaluations": evaluations,
@@ -147,6 +147,13 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _in_all(evaluations: list[Any]) -> list[Any]:
+    """Without predictors that some of them lack: a survey of class statistics may have failed once."""
+    if any(found is None for found in evaluations):
+        return evaluations
+    return [{name: found[name] for name in found if all(name in e for e in evaluations)} for found in evaluations]
 
 
 def _mean(items: list[Any]) -> Any:

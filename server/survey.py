@@ -1,6 +1,6 @@
 """The class statistics of all sites for one model, and the head that follows from them."""
 
-from collections.abc import Iterable
+import logging
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,8 @@ from common.net import Net, Task
 from common.parts import Manifest, Tensors
 from common.statistics import PART, Sums
 from server.fold import Refused
+
+log = logging.getLogger(__name__)
 
 
 class Survey:
@@ -46,11 +48,13 @@ class Survey:
         self.clients.append(reply.client)
 
     def head(self) -> Tensors:
-        """The head of all that came, as the part that sites get; all zero where nobody sent anything."""
+        """The head of all that came, as the part that sites get; all zero where there is none."""
         found = statistics.solve(self._sums, self._centre)
-        if found is None:
-            return {"weight": torch.zeros_like(self._sums.total).float(), "bias": torch.zeros(len(self._sums.count))}
-        return found.tensors()
+        if found is not None and all(t.isfinite().all() for t in found.tensors().values()):
+            return found.tensors()
+        if found is not None:
+            log.warning("the head computed from the class statistics is not finite: there is none for this model")
+        return {"weight": torch.zeros_like(self._sums.total).float(), "bias": torch.zeros(len(self._sums.count))}
 
 
 @torch.no_grad()
@@ -64,8 +68,7 @@ def centre(net: Net, task: Task, state: ServerState) -> Tensor:
 
 
 def with_head(state: ServerState, head: Tensors) -> ServerState:
-    like: Iterable[Tensor] = next(iter(state.parts.values())).values()
-    device = next(iter(like)).device
+    device = next(t.device for group in state.parts.values() for t in group.values())
     return replace(state, parts={**state.parts, PART: {name: t.to(device) for name, t in head.items()}})
 
 

@@ -14,12 +14,13 @@ from common.features import features_of
 from common.messages import Order, Reply
 from common.methods import METHODS
 from common.methods.method import ServerState
+from common.parts import Tensors
 from common.statistics import PART, StatisticsHead, Sums
 from fedloge.federation import Federation, assemble, judge
 from fedloge.simulate import simulate
 from server import rounds
 from server.fleet import LocalFleet
-from server.survey import centre
+from server.survey import Survey, centre
 
 Handler = Callable[[Order], Reply]
 
@@ -145,6 +146,43 @@ def test_a_site_that_lies_is_refused_and_named(
 def test_without_any_statistics_there_is_no_such_predictor(federation: Federation) -> None:
     state = surveyed(federation, lambda _, handle: lambda order: replace(handle(order), sums={}))
     assert "statistics" not in judge(federation, federation.task.config.method, state)["generic"]
+
+
+def test_a_head_that_no_number_can_hold_is_none(federation: Federation) -> None:
+    """One image of a liar, as long as he likes: it passes as an image, and must not pass into anybody's head."""
+
+    def lying(_: str, handle: Handler) -> Handler:
+        def lie(order: Order) -> Reply:
+            reply = handle(order)
+            sums = Sums.nothing(*reply.sums["total"].shape)
+            sums.add(torch.full((1, sums.total.shape[1]), 1e11), torch.zeros(1, dtype=torch.int64))
+            sums.scatter.add_(1e-20 * torch.eye(len(sums.scatter)))
+            return replace(reply, examples=1, sums=sums.tensors())
+
+        return lie
+
+    state = surveyed(federation, lying)
+    assert all(t.isfinite().all() for t in state.parts[PART].values())
+
+
+def test_a_survey_that_fails_once_costs_the_mean_of_its_rows_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def failing(self: Survey) -> Tensors:
+        asked.append(self)
+        part = real(self)
+        return {name: torch.zeros_like(t) for name, t in part.items()} if len(asked) == 1 else part
+
+    real = Survey.head
+    monkeypatch.setattr(Survey, "head", failing)
+    both = replace(plan(), evaluation=replace(plan().evaluation, last=2))
+    result = simulate(both, tmp_path / "run", lambda _: None)
+    assert len(asked) == 2
+    assert list(result["generic"]) == ["psi realigned", "psi", "frame"]
+    assert "statistics" in result["evaluations"][-1]["personal"]
+    assert "statistics" not in result["personal"]
 
 
 def test_a_site_sends_no_more_numbers_than_it_says(federation: Federation) -> None:
