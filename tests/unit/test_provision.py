@@ -18,6 +18,7 @@ from common import config, deployment, kit, pki, register
 from common.errors import UserError
 from common.methods import METHODS
 from fedloge import main, provision, template
+from fedloge.template import METHOD
 
 HOST = "fl.example.org"
 Out = pytest.CaptureFixture[str]
@@ -205,7 +206,7 @@ def written(tmp_path: Path, classes: tuple[str, ...] = CLASSES) -> Path:
 def test_the_settings_are_the_defaults_but_for_what_was_given(tmp_path: Path) -> None:
     plan = deployment.load(written(tmp_path))
     assert plan == deployment.Deployment(
-        config.parse({"name": "study"}),
+        config.parse({"name": "study", "method": {"name": METHOD}}),
         deployment.ImagesConfig(classes=CLASSES),
         deployment.ServerConfig(host=HOST, port=9300),
     )
@@ -230,13 +231,13 @@ def test_the_settings_hold_every_key_there_is(tmp_path: Path) -> None:
 def test_the_settings_of_the_method_are_there_to_be_taken_in(tmp_path: Path) -> None:
     path = written(tmp_path)
     text = path.read_text(encoding="utf-8")
-    knobs = [f.name for f in fields(METHODS["fedloge"])]
+    knobs = [f.name for f in fields(METHODS[METHOD])]
     assert knobs
     for knob in knobs:
         assert f"\n# {knob} = " in text
         path.write_text(text.replace(f"\n# {knob} = ", f"\n{knob} = "), encoding="utf-8")
         assert deployment.load(path) == deployment.load(written(tmp_path))
-    path.write_text(text.replace('name = "fedloge"', 'name = "fedavg"'), encoding="utf-8")
+    path.write_text(text.replace(f'name = "{METHOD}"', 'name = "fedavg"'), encoding="utf-8")
     assert deployment.load(path).config.method.name == "fedavg"  # by changing one word
 
 
