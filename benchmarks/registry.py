@@ -14,6 +14,7 @@ NAMES = {
     "idle": "benchmarks.overhead.idle",
     "dead": "benchmarks.overhead.dead",
     "frame": "benchmarks.frame_bench",
+    "survey": "benchmarks.survey_bench",
     "scale": "benchmarks.scale",
     "simulate": "benchmarks.simulate_cost",
     "wire": "benchmarks.wire_bench",
