@@ -91,8 +91,9 @@ def _check_frame(findings: Findings, plan: Deployment, net: "Net") -> None:
     """Whether there is one, without the minutes it may take to build."""
     from common import frame
     from common.methods.fedloge import FedLoGe
+    from common.methods.fedloge_plus import FedLoGePlus
 
-    if not isinstance(plan.config.method, FedLoGe):  # nobody else builds one by these settings
+    if not isinstance(plan.config.method, (FedLoGe, FedLoGePlus)):  # nobody else builds one by these settings
         return
     spec = frame.FrameSpec(dim=net.feature_dim, classes=len(plan.images.classes), **asdict(plan.config.frame))
     solver = frame.choose_solver(spec, frame.mask(spec.dim, spec.classes, spec.sparsity, spec.seed))

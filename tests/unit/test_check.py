@@ -127,7 +127,7 @@ def test_lines_for_people_say_first_what_came_out(study: Path, capsys: Out) -> N
     assert main.run(["check", str(study)]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0] == "PASS  settings: study: method fedloge, 3 classes, images of 32 pixels, 30 rounds"
+    assert lines[0] == "PASS  settings: study: method fedloge+, 3 classes, images of 32 pixels, 30 rounds"
     assert {line.split()[0] for line in lines} == {"PASS", "WARN", "SKIP"}
     assert err == ""
     assert main.run(["check", "none.kit"]) == 1
@@ -501,7 +501,7 @@ def test_many_classes_have_the_best_frame_there_is(study: Path, check: Check) ->
 
 
 def test_a_method_without_a_frame_needs_none(study: Path, check: Check) -> None:
-    settings(study, ('name = "fedloge"', 'name = "fedavg"'), ("sparsity = 0.6", "sparsity = 0.99"))
+    settings(study, ('name = "fedloge+"', 'name = "fedavg"'), ("sparsity = 0.6", "sparsity = 0.99"))
     code, lines = check(study)
     assert code == 0
     assert "frame" not in names(lines)
