@@ -1,7 +1,7 @@
 """Why norms, temperature and statistics matter: the geometry of finished runs, and who recognises the rare classes.
 
     python -m benchmarks.geometry measure RUN... --out benchmarks/records/geometry/NAME.json
-    python -m benchmarks.geometry draw FAMILY --out benchmarks/records/geometry/NAME.svg
+    python -m benchmarks.geometry draw FAMILY... --out benchmarks/records/geometry/NAME.svg
 
 `measure` looks at the backbone of every run with its own training images, as it is deployed: how long features are,
 how far a detached head's step is from its limit, and the norms of class means and of rows. RUN is a finished folder of
@@ -9,8 +9,10 @@ how far a detached head's step is from its limit, and the norms of class means a
 """
 
 import argparse
+import itertools
 import json
 import statistics
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,12 @@ SHOWN = (  # record, predictor, what it is called, colour
     ("fedavg-ft", "head", "FedAvg: its head", "#5c6b73"),
     ("fedavg-ft", "head realigned", "FedAvg: rows of one length", "#b8962e"),
     ("fedloge", "psi realigned", "FedLoGe: psi realigned", "#1b6ca8"),
+    ("fedloge-norm1", "psi realigned", "FedLoGe, norm 1: psi realigned", "#1b6ca8"),
     ("balanced-global", "head", "balanced softmax", "#3a8f4d"),
     ("fedloge+", "frame", "FedLoGe+: its frame", "#8c4fa3"),
     ("fedloge+", "statistics", "FedLoGe+: computed head", "#c2426a"),
 )
-WIDTH, HEIGHT, LEFT, TOP, KEY = 520, 240, 44, 30, 200
+WIDTH, HEIGHT, LEFT, TOP, KEY = 520, 240, 44, 30, 280
 
 
 @torch.no_grad()
@@ -67,27 +70,24 @@ def measure(run: Path) -> dict[str, Any]:
     }
 
 
-def recalls(family: str) -> dict[tuple[str, str], list[float]]:
-    """Share of right answers by class, mean over the seeds there are."""
-    found = {}
-    for row, predictor, *_ in SHOWN:
-        results = [
-            json.loads(path.read_text(encoding="utf-8")) for path in RECORDS.glob(f"{family}/{row}-s?/metrics.json")
-        ]
-        if results:
+def recalls(families: Sequence[str]) -> dict[tuple[str, str], list[float]]:
+    """Share of right answers by class, mean over the seeds there are; of a row in two families the first one's."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for family, (row, predictor, *_) in itertools.product(families, SHOWN):
+        paths = sorted(RECORDS.glob(f"{family}/{row}-s?/metrics.json"))
+        if paths and (row, predictor) not in found:
+            results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
             per_seed = [result["generic"][predictor]["per_class"] for result in results]
             found[row, predictor] = [statistics.mean(values) for values in zip(*per_seed, strict=True)]
     return found
 
 
-def drawn(family: str) -> str:
-    found = recalls(family)
+def drawn(families: Sequence[str]) -> str:
+    found, named = recalls(families), ", ".join(families)
     if not found:
-        raise SystemExit(f"{family}: there are no records of it")
+        raise SystemExit(f"{named}: there are no records of it")
     classes = len(next(iter(found.values())))
-    body = [
-        f'<text class="head" x="{LEFT}" y="16">right answers by class, the most frequent first (%), {family}</text>'
-    ]
+    body = [f'<text class="head" x="{LEFT}" y="16">right answers by class, the most frequent first (%): {named}</text>']
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = _y(share)
         body.append(f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
@@ -120,7 +120,7 @@ def main() -> None:
     looker = verbs.add_parser("measure", help="the geometry of finished runs")
     looker.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     drawer = verbs.add_parser("draw", help="who recognises which class, from the records of a family")
-    drawer.add_argument("family", metavar="FAMILY")
+    drawer.add_argument("families", nargs="+", metavar="FAMILY")
     for verb in (looker, drawer):
         verb.add_argument("--out", type=Path, required=True, help="the file to write")
     options = parser.parse_args()
@@ -129,7 +129,7 @@ def main() -> None:
         record = {"runs": [measure(run) for run in options.runs], "machine": machine()}
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     else:
-        options.out.write_text(drawn(options.family), encoding="utf-8")
+        options.out.write_text(drawn(options.families), encoding="utf-8")
     print(options.out)
 
 

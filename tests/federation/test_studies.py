@@ -41,7 +41,7 @@ def test_recall_by_class_is_drawn_from_records(run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(records, "RECORDS", tmp_path)
     monkeypatch.setattr(geometry, "RECORDS", tmp_path)
     records.add("some", run)
-    drawn = geometry.drawn("some")
+    drawn = geometry.drawn(["some"])
     assert drawn.count("<polyline") == 2  # of this method's two predictors
     mean = json.loads((run / "metrics.json").read_text())["generic"]["statistics"]["balanced"]
     assert f"FedLoGe+: computed head ({100 * mean:.1f})" in drawn
