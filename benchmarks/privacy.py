@@ -25,12 +25,13 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from common import config
+from common.evaluation import FeatureCache, evaluate
 from common.features import features_of
-from common.methods.method import ServerState
-from common.statistics import Sums, solve
-from fedloge.federation import Federation, assemble, judge
+from common.methods.method import Predictor, ServerState
+from common.statistics import USUAL, Head, StatisticsHead, Sums, adapted, solve
+from fedloge.federation import Federation, assemble
 from server import checkpoint
-from server.survey import centre, with_head
+from server.survey import centre
 
 DELTA = 1e-5
 EPSILONS = (8.0, 2.0)
@@ -90,10 +91,25 @@ def counted(federation: Federation, state: ServerState, about: Tensor, length: f
     return found
 
 
+def judged(federation: Federation, cache: FeatureCache, found: Head) -> dict[str, float]:
+    """The head for everybody, and with every site's prior at the usual temperature, which no noisy sum has chosen."""
+    backbone = federation.net["backbone"]
+    head = StatisticsHead(*found.weight.shape)
+    for name, t in found.tensors().items():
+        getattr(head, name).copy_(t)
+    generic = evaluate({"head": Predictor(backbone, head)}, cache, federation.global_index, federation.groups)["head"]
+    at_sites = []
+    for name, site in federation.sites.items():
+        own = Predictor(backbone, adapted(head, site.counts, USUAL))
+        at_sites.append(evaluate({"head": own}, cache, federation.judged_on[name], (), site.counts > 0)["head"]["top1"])
+    few = generic["groups"]["share"]["few"]
+    return {"generic": generic["top1"], "few": few, "personal": figures.mean(at_sites)}
+
+
 def measure(federation: Federation, state: ServerState, length: float) -> list[dict[str, Any]]:
     about = centre(federation.net, federation.task, state)
     exact = counted(federation, state, about, length)
-    method = federation.task.config.method
+    cache = FeatureCache(federation.test, federation.device, 500, federation.net["backbone"])
     rows = []
     for epsilon, where in ((math.inf, "nowhere"), *((e, w) for e in EPSILONS for w in ("the sum", "every site"))):
         scale = math.sqrt(3) * sigma(epsilon)
@@ -108,18 +124,14 @@ def measure(federation: Federation, state: ServerState, length: float) -> list[d
                 total = noisy(total, scale, length, rng)
             head = solve(mended(total, scale * (math.sqrt(len(exact)) if alone else 1.0), length), about)
             assert head is not None
-            results.append(judge(federation, method, with_head(state, head.tensors())))
+            results.append(judged(federation, cache, head))
         row = {
             "epsilon": epsilon if scale else None, "delta": DELTA if scale else None, "noise": where, "scale": scale,
-            "generic": [r["generic"]["statistics"]["top1"] for r in results],
-            "few": [r["generic"]["statistics"]["groups"]["share"]["few"] for r in results],
-            "personal": [r["personal"]["statistics"]["top1"] for r in results],
+            **{key: [r[key] for r in results] for key in ("generic", "few", "personal")},
         }  # fmt: skip
         rows.append(row)
-        means = {key: 100 * figures.mean(row[key]) for key in ("generic", "few", "personal")}
-        print(
-            f"epsilon {epsilon:g}, noise on {where}: " + ", ".join(f"{k} {v:.1f}" for k, v in means.items()), flush=True
-        )
+        means = ", ".join(f"{key} {100 * figures.mean(row[key]):.1f}" for key in ("generic", "few", "personal"))
+        print(f"epsilon {epsilon:g}, noise on {where}: {means}", flush=True)
     return rows
 
 
