@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Reference:
-    """The backbone of the last order."""
+    """The backbone of the last order to train: others travel whole and have no name."""
 
     def __init__(self) -> None:
         self.name = ""  # by which the server knows it; empty for none
@@ -34,6 +34,8 @@ class Reference:
 
     def take(self, order: Order) -> Order:
         """The order with whole parts."""
+        if not order.train:
+            return order
         shared = order.shared
         if order.base:
             if order.base != self.name:

@@ -35,7 +35,7 @@ class Orders:
         self._wire: Wire = wire
         self._broadcast = Broadcast()
         self._count = count
-        self._model = ""  # of the order that is counted
+        self._counted = ("", True)  # of the order that is: its model, and whether it trains
         self._traffic: Traffic = {}
 
     def encoded(self, order: Order, cards: Mapping[int, Card]) -> dict[int, RecordDict]:
@@ -64,13 +64,13 @@ class Orders:
 
     def after(self, card: Card, order: Order) -> Card:
         """That of a site that has read `order`."""
-        reference = self._broadcast.of(order).reference if self._wire in CODED else ""
+        reference = self._broadcast.of(order).reference if self._wire in CODED and order.train else card.reference
         return replace(card, holds=fixed_digest(order.fixed), reference=reference)
 
     def note(self, way: str, order: Order, contents: Mapping[str, RecordDict]) -> None:
         """Count what went `down` to sites or came `up` from them. A round that is tried again goes on counting."""
-        if order.model != self._model:
-            self._model, self._traffic = order.model, {}
+        if (order.model, order.train) != self._counted:  # a model is surveyed, and then trained from
+            self._counted, self._traffic = (order.model, order.train), {}
         sizes = {id(content): weight(content) for content in {id(c): c for c in contents.values()}.values()}
         for name, content in contents.items():
             self._traffic.setdefault(name, {"down": 0, "up": 0})[way] += sizes[id(content)]

@@ -122,9 +122,10 @@ def test_with_coded_backbones_it_is_the_simulation_too(tmp_path: Path) -> None:
         assert parts.digest(parts.read(real)[0]) == parts.digest(parts.read(simulated)[0])
     events = [json.loads(line)["bytes"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert all(sorted(of_round) == ["site-000", "site-001", "site-002", "site-003"] for of_round in events)
+    # with a survey a round: the model goes down whole for it, and as a change to be trained from
     assert all(
-        2 * last["down"] < first["down"]
-        for first, last in zip(*[event.values() for event in (events[0], events[1])], strict=True)
+        last["down"] < 0.8 * first["down"]
+        for first, last in zip(*[event.values() for event in (events[0], events[-1])], strict=True)
     )
 
 
