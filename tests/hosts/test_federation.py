@@ -53,7 +53,7 @@ def assert_same_processes(arena: Arena) -> None:
 
 
 def test_every_site_is_in_every_round_whatever_the_links(network: Network, tmp_path: Path) -> None:
-    settings = ["partition.clients=3", "model.width=400", "train.epochs=1", "evaluation.every=1"]
+    settings = ["method=fedloge", "partition.clients=3", "model.width=400", "train.epochs=1", "evaluation.every=1"]
     with started(network, tmp_path / "arena", settings) as arena:
         first, second, third = arena.names
         for line in (FAR, LOSSY, SLOW):
@@ -102,7 +102,7 @@ def test_every_site_is_in_every_round_whatever_the_links(network: Network, tmp_p
 
 
 def test_sites_are_cut_off_for_a_minute_and_return(network: Network, tmp_path: Path) -> None:
-    settings = ["partition.clients=4", "model.width=700", "train.epochs=1", "evaluation.every=5"]
+    settings = ["method=fedloge", "partition.clients=4", "model.width=700", "train.epochs=1", "evaluation.every=5"]
     policy = ("--min-clients", 2, "--quorum", 0.5, "--grace", GRACE)
     with started(network, tmp_path / "arena", settings, *policy) as arena:
         pulled, deaf, *others = arena.names

@@ -44,7 +44,7 @@ class Study:
         self.logs = place / "logs"
         self.logs.mkdir(parents=True)
         self.data = images(place / "data")
-        given = {**SETTINGS, "server.test": str(self.data / "test.npz"), **settings}
+        given = {"method.name": "fedloge", **SETTINGS, "server.test": str(self.data / "test.npz"), **settings}
         provision.create(self.folder, "study", "localhost", free_port(), given)
         self.plan: Deployment = deployment.load(self.folder / "federation.toml")
         self.port = self.plan.server.port
