@@ -17,7 +17,8 @@ from tests.network.superlink import free_port, until
 
 OWNER = 4321  # nobody that the image or this machine knows
 SETTINGS = {
-    "method.name": "fedloge", "images.classes": pictures.CLASSES, "images.size": 16, "model.name": "cnn", "model.width": 8,
+    "method.name": "fedloge", "images.classes": pictures.CLASSES, "images.size": 16, "model.name": "cnn",
+    "model.width": 8,
     "federation.rounds": 3, "evaluation.every": 1,
 }  # fmt: skip
 
