@@ -136,13 +136,20 @@ def survey(
     hooks: Hooks,
     clock: Callable[[], float] = time.monotonic,
 ) -> ServerState:
-    """Every site that can be reached gives the class statistics of `state`; the result has the head of their sum."""
-    chosen = fleet.names(policy.min_clients, policy.wait)
+    """Every site that can be reached gives the class statistics of `state`; the result has the head of their sum.
+
+    Like a round it is tried again while it has no quorum. But it does not stop the run: after `policy.failures` of them
+    what the last one brought is used.
+    """
     order = make_order(method, state, state.round, train=False, judge=False)
     order = replace(order, centre=centre(workspace, task, state))
-    asked = Survey(order, len(task.classes), policy.max_examples)
-    with hooks.collecting():
-        answers = _collect(fleet, order, chosen, policy, hooks, clock, asked.add)
+    for _ in range(policy.failures):
+        chosen = fleet.names(policy.min_clients, policy.wait)
+        asked = Survey(order, len(task.classes), policy.max_examples)
+        with hooks.collecting():
+            answers = _collect(fleet, order, chosen, policy, hooks, clock, asked.add)
+        if answers.counts and len(chosen) >= policy.min_clients:
+            break
     if len(asked.clients) < len(chosen):
         kept = sorted(set(answers.accepted) - set(asked.clients))
         log.warning(

@@ -143,6 +143,27 @@ def test_a_site_that_lies_is_refused_and_named(
     assert caplog.text.count("the reply of site-001 is refused") == 1
 
 
+def test_a_survey_without_a_quorum_is_tried_again(federation: Federation) -> None:
+    """A site that dies in it is waited for as in a round, so the head is the same with every site required."""
+    tries = []
+
+    def flaky(name: str, handle: Handler) -> Handler:
+        def answer(order: Order) -> Reply:
+            tries.append(name)
+            reply = handle(order)
+            return replace(reply, model="of a life before") if tries.count(name) == 1 else reply
+
+        return answer if name == "site-001" else handle
+
+    config = federation.task.config
+    policy = replace(config.federation, quorum=1.0)
+    state = config.method.init(federation.net, federation.task)
+    fleet = LocalFleet({name: flaky(name, site.handle) for name, site in federation.sites.items()})
+    state = rounds.survey(fleet, config.method, federation.task, state, federation.net, policy, rounds.Hooks())
+    assert len(tries) == 2
+    assert same(state, pooled(federation, sorted(federation.sites)))
+
+
 def test_without_any_statistics_there_is_no_such_predictor(federation: Federation) -> None:
     state = surveyed(federation, lambda _, handle: lambda order: replace(handle(order), sums={}))
     assert "statistics" not in judge(federation, federation.task.config.method, state)["generic"]
