@@ -138,13 +138,15 @@ def survey(
 ) -> ServerState:
     """Every site that can be reached gives the class statistics of `state`; the result has the head of their sum.
 
-    Like a round it is tried again while it has no quorum. But it does not stop the run: after `policy.failures` of them
-    what the last one brought is used.
+    Like a round it is tried again while it has no quorum. But it does not hold up the run: in all, sites that are
+    lacking are waited for as long as by one round at the end, before it no longer than by a round with its quorum, and
+    after `policy.failures` tries what the last one brought is used.
     """
+    until = clock() + (policy.wait if state.round >= policy.rounds else min(policy.wait, policy.grace))
     order = make_order(method, state, state.round, train=False, judge=False)
     order = replace(order, centre=centre(workspace, task, state))
     for _ in range(policy.failures):
-        chosen = fleet.names(policy.min_clients, policy.wait)
+        chosen = fleet.names(policy.min_clients, max(until - clock(), 0.0))
         asked = Survey(order, len(task.classes), policy.max_examples)
         with hooks.collecting():
             answers = _collect(fleet, order, chosen, policy, hooks, clock, asked.add)

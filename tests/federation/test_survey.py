@@ -164,6 +164,32 @@ def test_a_survey_without_a_quorum_is_tried_again(federation: Federation) -> Non
     assert same(state, pooled(federation, sorted(federation.sites)))
 
 
+@pytest.mark.parametrize(("round", "patience"), [(1, 5.0), (2, 600.0)])
+def test_a_survey_with_too_few_sites_holds_up_the_run_no_longer_than_a_round_with_its_quorum(
+    federation: Federation, round: int, patience: float
+) -> None:
+    """But at the end, where the head is what everybody gets, sites are waited for as at the beginning of a round."""
+    now = 0.0
+    waits: list[float] = []
+
+    class Lacking(LocalFleet):
+        def names(self, at_least: int, wait: float) -> list[str]:
+            nonlocal now
+            now += wait
+            waits.append(wait)
+            return super().names(at_least, wait)
+
+    config = federation.task.config
+    policy = replace(config.federation, min_clients=3, wait=600.0, grace=5.0)
+    state = replace(config.method.init(federation.net, federation.task), round=round)
+    there = {name: federation.sites[name].handle for name in ("site-000", "site-002")}
+    state = rounds.survey(
+        Lacking(there), config.method, federation.task, state, federation.net, policy, rounds.Hooks(), lambda: now
+    )
+    assert waits == [patience, 0.0, 0.0]
+    assert same(state, pooled(federation, ["site-000", "site-002"]))
+
+
 def test_without_any_statistics_there_is_no_such_predictor(federation: Federation) -> None:
     state = surveyed(federation, lambda _, handle: lambda order: replace(handle(order), sums={}))
     assert "statistics" not in judge(federation, federation.task.config.method, state)["generic"]
