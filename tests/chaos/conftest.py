@@ -11,7 +11,7 @@ from fedloge.simulate import simulate
 from tests.chaos.arena import Arena
 
 EXPERIMENT = [  # 6 MB to send, so that sending takes a while
-    "method=fedloge", "partition.clients=3", "model.width=1200", "train.epochs=1", "federation.rounds=12",
+    "partition.clients=3", "model.width=1200", "train.epochs=1", "federation.rounds=12",
     "evaluation.every=1",
 ]  # fmt: skip
 

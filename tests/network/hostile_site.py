@@ -1,7 +1,7 @@
 """A site with a real kit that sends what it must not: `python -m tests.network.hostile_site KIT`.
 
-It shows a good card and hears the end like any site. Every order to train it answers with the next of `LIES`, each of
-which is an answer that would be good but for what its name says.
+It shows a good card and hears the end like any site. Every order to train it answers with the next of `LIES`, every
+one to count with the next of `COUNTS`, each of which is an answer that would be good but for what its name says.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from client.fleet_api import BEAT, FleetApi, FleetError, Taken
 from common.kit import open_kit
 from common.messages import Order, Reply, class_digest
+from common.statistics import Sums
 from common.wire import CARD, JUDGE, OVER, VERSION, Card, decode_order, encode_card, encode_reply
 
 IMPOSSIBLE = {"personal": {"phi": {"top1": 7.0, "balanced": 0.5, "macro_f1": 0.5, "ece": 0.5}}}
@@ -42,7 +43,7 @@ class Site:
     def run(self) -> None:
         self._insist(self.api.activate)
         threading.Thread(target=self._beat, daemon=True).start()
-        lies = enumerate(LIES.items(), 1)
+        lies, counts = enumerate(LIES.items(), 1), iter(COUNTS.values())
         kind = ""
         while kind != OVER:
             if (order := self._order()) is None:
@@ -51,6 +52,9 @@ class Site:
             kind = order.metadata.message_type
             if kind == CARD:
                 self.send(Message(encode_card(self._card()), reply_to=order))
+            elif kind == JUDGE and ordered(order).centre is not None:
+                lie, _ = next(counts, (lambda reply: replace(reply, sums={}), ""))
+                self.send(Message(encode_reply(lie(counted(order))), reply_to=order))
             elif kind == JUDGE:
                 self.send(Message(encode_reply(replace(trained(order), shared={}, judged=IMPOSSIBLE)), reply_to=order))
             elif kind == OVER:
@@ -161,6 +165,16 @@ def trained(message: Message) -> Reply:
     """A reply like those of honest sites, though nothing was trained."""
     order = ordered(message)
     return Reply("", order.round, order.model, 10, order.shared, metrics={"loss 0": 0.5})
+
+
+def counted(message: Message) -> Reply:
+    """Class statistics like those of honest sites: of ten images of the first two classes."""
+    order = ordered(message)
+    assert order.centre is not None
+    f = torch.randn(10, len(order.centre), generator=torch.Generator().manual_seed(1))
+    sums = Sums.nothing(len(order.shared["global_head"]["bias"]), len(order.centre))
+    sums.add(f, torch.arange(10) % 2)
+    return Reply("", order.round, order.model, 10, {}, sums=sums.tensors())
 
 
 def saying(change: Callable[[Reply], Reply]) -> Lie:
@@ -337,6 +351,35 @@ LIES: dict[str, tuple[Lie, str]] = {
         failing("x\n2026-01-01 00:00:00 round 9: \x1b[31mall is well" + 9999 * "!"),
         r"^x 2026-01-01 00:00:00 round 9:  \[31mall is well!+$",
     ),
+}  # fmt: skip
+
+
+def sums(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Reply], Reply]:
+    """Something else in the class statistics."""
+    return lambda reply: replace(reply, sums={**reply.sums, name: change(reply.sums[name].clone())})
+
+
+COUNTS: dict[str, tuple[Callable[[Reply], Reply], str]] = {
+    "nan": (sums("total", lambda t: t.index_fill(0, torch.tensor(0), math.nan)), "its statistics are not finite"),
+    "too large": (sums("scatter", lambda t: 1e30 * t), r"its statistics have numbers above 1e\+24"),
+    "shape": (sums("count", lambda t: t[:1]), "what it sends are no class statistics"),
+    "dtype": (
+        lambda reply: replace(reply, sums={name: t.float() for name, t in reply.sums.items()}),
+        "what it sends are no class statistics",
+    ),
+    "missing key": (
+        lambda reply: replace(reply, sums={"count": reply.sums["count"]}), "what it sends are no class statistics",
+    ),
+    "more images than it has": (
+        sums("count", lambda t: 1000 * t), "its statistics are of 10000 images, its reply of 10",
+    ),
+    "a class mean that its scatter does not allow": (
+        sums("total", lambda t: 1000 * t), "its scatter is smaller than that of its class means",
+    ),
+    "other model": (
+        lambda reply: replace(reply, model="0" * 64), "its statistics are of another model than the one sent",
+    ),
+    "absurd": (lambda reply: replace(reply, examples=2**62), r"\d{19} examples are not between 1 and 10000000"),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from server.federate import federate
 from server.fleet import LocalFleet
 from server.status import Board
 from tests.members import Handler, Ticket
-from tests.network.hostile_site import LIES
+from tests.network.hostile_site import COUNTS, LIES
 from tests.network.study import Study
 from tests.network.superlink import until
 
@@ -28,6 +28,8 @@ HOSTILE = "mallory"  # before the others by name, so they wait to be folded unti
 HONEST = ["north", "south"]
 ROUNDS = {name: number for number, name in enumerate(LIES, 1)}
 LAST = f"round-{len(LIES):06d}.safetensors"
+EVERY = 3  # rounds, and then a survey, the last of which it answers with nothing
+SURVEYS = dict(zip(range(EVERY, len(LIES), EVERY), COUNTS.values(), strict=True))
 HUGE = [name for name in LIES if name.startswith("1 GB")]
 MEGABYTES = 64  # that a process may grow by what is refused: the largest object that is read has 16
 pytestmark = pytest.mark.timeout(900)  # 29 rounds of five processes, and 1 GB over TLS, on a machine that may be busy
@@ -55,6 +57,11 @@ class Watched:
         if status.get("run"):
             self.runs.add(status["run"])
 
+    def said(self, round: int) -> list[str]:
+        """What the ServerApp said of a round."""
+        began = re.compile(rf"\S+ \S+ round {round}: (.*)")  # not only somewhere in the line, as what is sent is in it
+        return [found[1] for line in self.study.log("serverapp") if (found := began.fullmatch(line))]
+
 
 def peak(pid: int) -> int:
     """The most memory a process has had, in MB."""
@@ -73,8 +80,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         "federation.min_clients": 3,
         "federation.quorum": 0.6,  # of three: two
         "federation.grace": 300.0,  # no round closes before the hostile reply is there
-        "evaluation.every": 10,
+        "evaluation.every": EVERY,
         "evaluation.last": 1,
+        "evaluation.statistics": True,
     }
     with Study(tmp_path_factory.mktemp("hostile") / "place", settings, (HOSTILE, *HONEST)) as study:
         children: dict[str, subprocess.Popen[bytes]] = {"server": study.serve("--json")}
@@ -106,12 +114,20 @@ def test_it_is_refused_and_logged_once_with_site_and_reason(watched: Watched, na
     assert found, reason
     assert found.groups() in ((), (str(number - 1), str(number)))
     assert reason.isprintable()
-    began = re.compile(rf"\S+ \S+ round {number}: (.*)")  # not only somewhere in the line, as what it sends is in it
-    said = [found[1] for line in watched.study.log("serverapp") if (found := began.fullmatch(line))]
-    assert said in ([f"the reply of {HOSTILE} is refused: {reason}"], [f"{HOSTILE} failed: {reason}"])
+    said = [line for line in watched.said(number) if HOSTILE in line and "kept to themselves" not in line]
+    assert len(said) == 1 + (number in SURVEYS)
+    assert said[:1] in ([f"the reply of {HOSTILE} is refused: {reason}"], [f"{HOSTILE} failed: {reason}"])
     said = [line for line in watched.study.log() if f" round {number} of {len(LIES)}: " in line]
     assert len(said) == 1
     assert f": 2 replies, refused {HOSTILE} ({reason})" in said[0]
+
+
+@pytest.mark.parametrize("number", SURVEYS)
+def test_statistics_that_cannot_be_are_refused_and_logged_once(watched: Watched, number: int) -> None:
+    said = watched.said(number)[1:]
+    assert len(said) == 2
+    assert re.fullmatch(f"the reply of {HOSTILE} is refused: {SURVEYS[number][1]}", said[0])
+    assert said[1] == "class statistics of 2 of 3 sites; missing: nobody; kept to themselves: nobody"
 
 
 def test_nothing_of_it_is_in_the_models(watched: Watched, tmp_path: Path) -> None:
