@@ -222,9 +222,6 @@ class Member:
             self.model.parent.mkdir(exist_ok=True)
             files.sweep(self.model.parent)
             personal.save(site, order.round, self.model)
-            files.write(
-                self.model.with_name("settings.json"), work.settings
-            )  # what the model is and how images reach it
         return Reply(
             client=site.name, round=order.round, model=order.model, examples=self.examples, shared={}, judged=judged
         )

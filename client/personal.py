@@ -5,17 +5,17 @@ the parts that are local by the method are trained, by the method's own phases. 
 phi, to which the norms are then transferred as for every other site.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from client.participant import Participant
-from common import parts
+from common import model_file
 from common.engine import run_phase
 from common.errors import UserError
 from common.methods.method import Predictor
+from common.model_file import Model, described
 from common.net import roles
 from common.parts import Tensors
 from common.seeds import isolated
@@ -47,18 +47,11 @@ def join(participant: Participant, received: dict[str, Tensors], after: int, rou
 def save(participant: Participant, round: int, path: Path, generic: nn.Module | None = None) -> None:
     """Write the personal model by the values that the participant's net holds after `round`. The backbone is left out
     where it is `generic`, which generic.safetensors beside it holds."""
-    classes = participant.task.classes
-    name, predictor = next(iter(participant.method.deployed(participant.net, participant.site(round)).items()))
-    own = predictor.features is not generic
-    tensors = parts.prefixed("head", predictor.head)
-    if own:
-        tensors |= parts.prefixed("backbone", predictor.features)
-    about = {
-        "classes": json.dumps(classes),
-        "round": str(round),
-        "predictor": name,
-        "backbone": "own" if own else "generic.safetensors",
-        # the model is meant, and judged, among these
-        "trained_classes": json.dumps([classes[c] for c in participant.counts.nonzero().flatten()]),
-    }
-    parts.save(path, tensors, about, durable=participant.store.durable)
+    task, method = participant.task, participant.method
+    name, predictor = next(iter(method.deployed(participant.net, participant.site(round)).items()))
+    model = Model(
+        task.config.model, described(participant.images), predictor.features, predictor.head, name, round,
+        participant.counts > 0, participant.name,
+    )  # fmt: skip
+    shared = predictor.features is generic
+    model_file.save(path, model, durable=participant.store.durable, shared=shared)

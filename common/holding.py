@@ -9,7 +9,7 @@ the server see an image alike.
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -54,6 +54,22 @@ def gather(path: Path, classes: tuple[str, ...], test: Path | None = None) -> tu
             f"{error.filename}: the user that runs this (number {os.geteuid()}) may not read it: "
             "give it the right to, or run as the one who owns it"
         ) from None
+
+
+def unlabelled(path: Path, wish: ImagesConfig) -> tuple[list[str], Images]:
+    """Images of classes nobody knows, and what to call them: files anywhere below a folder, one file, or an .npz."""
+    classes = wish.classes
+    if path.suffix.lower() == ".npz":
+        pixels = torch.from_numpy(npz.read(path, labelled=False).images)
+        nothing = torch.zeros(len(pixels), dtype=torch.int64)
+        return list(map(str, range(len(pixels)))), _Pixels(path, pixels, nothing, classes, []).images(wish, False)
+    paths = folder.find(str(path)) if path.is_dir() else [str(path)]
+    if not path.exists() or not paths:
+        raise UserError(f"{path}: no image there: name a folder of images, an image or an .npz file")
+    listing = Listing(paths, [""] * len(paths))
+    root = path if path.is_dir() else path.parent
+    files = _Files(listing, torch.zeros(len(paths), dtype=torch.int64), classes, root)
+    return files.names, files.images(wish, False)
 
 
 def _gather(path: Path, classes: tuple[str, ...], test: Path | None) -> tuple[Holding, Holding | None]:
@@ -160,6 +176,12 @@ def moments(wish: ImagesConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of every channel: the federation's, or what is usual for colour and for grey."""
     mean, std = (MEAN, STD) if wish.channels == 3 else ((0.5,), (0.5,))
     return wish.mean or mean, wish.std or std
+
+
+def resolved(wish: ImagesConfig) -> ImagesConfig:
+    """With numbers for `moments`, whatever is usual elsewhere or later."""
+    mean, std = moments(wish)
+    return replace(wish, mean=mean, std=std)
 
 
 def _augmentation(wish: ImagesConfig, path: Path) -> Augment:

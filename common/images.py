@@ -32,6 +32,11 @@ class Images(Protocol):
     groups: tuple[str, ...] | None  # the natural group (writer, camera, hospital) of every image
     channels: int
     side: int  # images are side x side when they reach the model
+    mean: tuple[float, ...]  # of every channel, and so is std
+    std: tuple[float, ...]
+
+    @property
+    def augment(self) -> Augment | Literal["resized-crop"]: ...
 
     def __len__(self) -> int: ...
 
@@ -176,7 +181,7 @@ def spread(values: Sequence[float], side: int) -> Tensor:
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (n, h, w, c) to float32 (n, c, h, w) in channels_last memory, with `spread` mean and std, in the
     order of operations of ToTensor and Normalize."""
-    flat = images.reshape(len(images), -1).float().div_(255).sub_(mean).div_(std)
+    flat = images.flatten(1).float().div_(255).sub_(mean).div_(std)
     return flat.view(images.shape).permute(0, 3, 1, 2)
 
 

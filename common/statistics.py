@@ -130,7 +130,7 @@ def solve(sums: Sums, centre: Tensor) -> Head | None:
     return Head(weight, bias.masked_fill(~seen, NOBODY), shrinkage)
 
 
-def adapted(head: StatisticsHead, counts: Tensor, temperature: float) -> nn.Linear:
+def adapted(head: StatisticsHead | nn.Linear, counts: Tensor, temperature: float) -> nn.Linear:
     """The head of one site: t (w_c f + b_c) + log pi_c, pi its own class frequencies, which it keeps to itself."""
     return linear(temperature * head.weight, temperature * head.bias + log_frequencies(counts).to(head.bias))
 

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.evaluation import FeatureCache, evaluate
 from common.images import Images
 from common.methods.method import Method, ServerState
+from common.model_file import described
 from common.net import Net, Task, best_device, build_on
 from server import models
 
@@ -136,7 +137,8 @@ def judge(federation: Federation, method: Method, state: ServerState) -> dict[st
 def save_models(federation: Federation, method: Method, state: ServerState, folder: Path) -> None:
     """The method's own generic model, and the personal ones of sites that have trained. A personal file leaves the
     backbone to generic.safetensors where it is the same."""
-    has_generic = models.save_generic(federation.net, method, federation.task, state, folder)
+    images = described(federation.images)
+    has_generic = models.save_generic(federation.net, method, federation.task, state, folder, images)
     (folder / "personal").mkdir(exist_ok=True)
     files.sweep(folder / "personal")
     backbone = models.common_backbone(federation.net, state) if has_generic else None

@@ -6,6 +6,7 @@
 import argparse
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ VERBS = {  # of every module
     "experiments": ("simulate",),
     "shares": ("shares",),
     "report": ("report",),
+    "use": ("predict", "judge", "personalize", "export"),
     "frames": ("frame",),
     "bench": ("bench",),
     "lobby": ("lobby",),
@@ -47,6 +49,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"fedloge: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # who reads what is printed has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:  # a file or folder that is not there, not ours to write, or on a full disk
         if debug:
             raise

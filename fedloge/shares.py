@@ -18,6 +18,7 @@ from common import config
 from common.deployment import ImagesConfig
 from common.errors import UserError
 from common.images import Images, PixelImages
+from common.model_file import described
 from fedloge.federation import assemble
 
 EXAMPLE = "example: fedloge shares fedloge/demo.toml /tmp/shares"
@@ -52,8 +53,7 @@ def write(experiment: config.Config, out: Path) -> tuple[list[str], ImagesConfig
         _save(out / f"{name}.npz", images, site.train_index)
         _save(out / f"{name}-test.npz", test, federation.judged_on[name])
     _save(out / "test.npz", test, federation.global_index)
-    wish = ImagesConfig(images.classes, images.side, images.channels, images.mean, images.std, images.augment)
-    return sorted(federation.sites), wish
+    return sorted(federation.sites), described(images)
 
 
 def _pixels(images: Images) -> PixelImages:

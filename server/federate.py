@@ -27,6 +27,7 @@ from common import metrics
 from common.config import RunConfig
 from common.deployment import Deployment, from_settings
 from common.errors import UserError
+from common.holding import resolved
 from common.messages import Judgement, Order
 from common.methods.method import ServerState
 from common.net import best_device, build_on, roles
@@ -117,6 +118,7 @@ class _Run:
         self.device = best_device(self.config.run.device)
         self.net = build_on(self.device, self.method, self.task)
         self._test = TestSet(deployment)
+        self._images = resolved(deployment.images)
         self._table = _table(deployment)
         self._folder = folder
         self._events = folder / "events.jsonl"
@@ -170,7 +172,7 @@ class _Run:
         self._merge(report.judged)
         self._save(state)
         self._writer.wait()
-        if not save_generic(self.net, self.method, self.task, state, self._folder / "models"):
+        if not save_generic(self.net, self.method, self.task, state, self._folder / "models", self._images):
             log.info("BatchNorm stays at the sites: there is no generic model")
         result = run_folder.summary(self.config, self._history, ())
         run_folder.write_json(self._folder / "metrics.json", result)

@@ -1,6 +1,5 @@
 """The server's state as a model: on which device it lies, how good it is, and the file it ends in."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import files, parts
-from common.deployment import Deployment
+from common import files, model_file
+from common.deployment import Deployment, ImagesConfig
 from common.evaluation import FeatureCache, evaluate
 from common.holding import gather
 from common.images import Images
 from common.methods.method import Method, ServerState
+from common.model_file import GENERIC, Model
 from common.net import Net, Task
-
-GENERIC = "generic.safetensors"
 
 
 def placed(state: ServerState, device: torch.device) -> ServerState:
@@ -29,21 +27,17 @@ def common_backbone(net: Net, state: ServerState) -> nn.Module | None:
     return net["backbone"] if "backbone" in state.parts and "norms" not in net.parts() else None
 
 
-def save_generic(net: Net, method: Method, task: Task, state: ServerState, folder: Path) -> bool:
+def save_generic(net: Net, method: Method, task: Task, state: ServerState, folder: Path, images: ImagesConfig) -> bool:
     """Write the method's own generic model; False where it has none. `net` holds it afterwards."""
     net.load(state.parts)
     folder.mkdir(parents=True, exist_ok=True)
     files.sweep(folder)
     for name, predictor in list(method.served(net, task).items())[:1]:
-        tensors = {**parts.prefixed("backbone", predictor.features), **parts.prefixed("head", predictor.head)}
-        parts.save(folder / GENERIC, tensors, {**about(task, state), "predictor": name})
+        everything = torch.ones(len(task.classes), dtype=torch.bool)
+        made = Model(task.config.model, images, predictor.features, predictor.head, name, state.round, everything)
+        model_file.save(folder / GENERIC, made)
         return True
     return False
-
-
-def about(task: Task, state: ServerState) -> dict[str, str]:
-    """What every model file says of itself."""
-    return {"classes": json.dumps(task.classes), "round": str(state.round)}
 
 
 class TestSet:

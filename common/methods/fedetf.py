@@ -45,12 +45,16 @@ class EtfHead(nn.Module):
 
     temperature: Tensor
 
-    def __init__(self, net: Net) -> None:
+    def __init__(self, projection: nn.Module, frame: Tensor, temperature: Tensor) -> None:
         super().__init__()
-        self.projection = copy.deepcopy(net["projection"])
-        self.frame = nn.Parameter(tensors(net["frame"])["weight"].clone())
-        self.register_buffer("temperature", tensors(net["temperature"])["value"].detach().clone())
+        self.projection = copy.deepcopy(projection)
+        self.frame = nn.Parameter(frame.clone())
+        self.register_buffer("temperature", temperature.detach().clone())
         self.requires_grad_(False)
+
+    @classmethod
+    def of(cls, net: Net) -> "EtfHead":
+        return cls(net["projection"], tensors(net["frame"])["weight"], tensors(net["temperature"])["value"])
 
     def forward(self, f: Tensor) -> Tensor:
         return self.temperature * F.linear(F.normalize(self.projection(f)), self.frame)
@@ -83,10 +87,10 @@ class FedETF(Method):
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
         del task
-        return {"etf": Predictor(net["backbone"], EtfHead(net))}
+        return {"etf": Predictor(net["backbone"], EtfHead.of(net))}
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
-        backbone, head = net["backbone"], EtfHead(net)
+        backbone, head = net["backbone"], EtfHead.of(net)
         return {"tuned": tuned(backbone, head, site), "etf": Predictor(backbone, head)}
 
 

@@ -45,7 +45,7 @@ def _list(root: Path) -> files.Listing:
     return files.Listing(paths, names)
 
 
-def find(root: Path) -> list[str]:
+def find(root: str | Path) -> list[str]:
     """Every image file below `root`, in an order that does not depend on the file system."""
 
     def refuse(error: OSError) -> NoReturn:

@@ -64,8 +64,9 @@ def _images(file: File, moments: File, classes: tuple[str, ...], config: DataCon
     )
 
 
-def read(path: Path, empty: bool = False) -> File:
-    """The arrays of a file, checked; with `empty` it may be one without images."""
+def read(path: Path, empty: bool = False, labelled: bool = True) -> File:
+    """The arrays of a file, checked. With `empty` it may be one without images; unless `labelled` one without labels,
+    which then are all 0."""
     try:
         with path.open("rb") as stream:  # numpy leaves a file it cannot read open
             file = np.load(stream, allow_pickle=False)
@@ -78,6 +79,8 @@ def read(path: Path, empty: bool = False) -> File:
         raise UserError(f"{path}: no such file: name an .npz file with images and labels") from None
     except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: cannot be read as .npz ({error}): save it again with numpy.savez") from None
+    if not labelled and "images" in arrays:
+        arrays = {"images": arrays["images"], "labels": np.zeros(arrays["images"].shape[:1], np.int64)}
     for key in ("images", "labels"):
         if key not in arrays:
             raise UserError(f"{path}: has no array {key!r}: save it with numpy.savez(path, images=..., labels=...)")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from client.store import Store
-from common import metrics, models, parts
+from common import metrics, model_file, models, parts
 from common.config import Config, parse
 from common.evaluation import FeatureCache, evaluate
 from common.images import Images
 from common.methods.method import Predictor
+from common.model_file import Model
 from common.parts import Tensors
 from fedloge.federation import Federation, assemble, judge
 from fedloge.simulate import simulate
@@ -374,52 +375,36 @@ def test_with_batchnorm_at_the_sites_each_is_judged_with_its_own(method: str) ->
 # --- the model files -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def files(finished: Callable[[str], tuple[Path, Federation]]) -> Callable[[str, str], dict[str, Any]]:
-    """A model file by method and name: predictor, tensors of backbone and head, and what it says of itself."""
-
-    def read(method: str, name: str) -> dict[str, Any]:
-        tensors, about = parts.read(finished(method)[0] / "models" / f"{name}.safetensors")
-        assert about["round"] == "4"
-        assert json.loads(about["classes"]) == list("0123456789")
-        groups: dict[str, Tensors] = {"backbone": {}, "head": {}}
-        for key, t in tensors.items():
-            part, _, rest = key.partition(".")
-            groups[part][rest] = t
-        return {**groups, "about": about}
-
-    return read
+def top1_of(model: Model, test: Images, index: Tensor) -> float:
+    hits = sum(int((model.logits(x).argmax(1) == y).sum()) for x, y in test.batches(index, 500, CPU))
+    return hits / len(index)
 
 
-@pytest.mark.parametrize("method", ["fedloge", "ditto", "fedavg-ft"])
+@pytest.mark.parametrize("method", ["fedloge", "fedloge+", "fedetf", "ditto", "fedavg-ft"])
 def test_the_generic_file_is_the_model_that_was_judged(
-    finished: Callable[[str], tuple[Path, Federation]], files: Callable[[str, str], dict[str, Any]], method: str
+    finished: Callable[[str], tuple[Path, Federation]], method: str
 ) -> None:
     folder, federation = finished(method)
-    file = files(method, "generic")
+    model = model_file.load(folder / "models" / "generic.safetensors")
+    assert (model.round, model.images.classes, model.site) == (4, tuple("0123456789"), "")
     judged = last(folder)["generic"]
-    assert next(iter(judged)) == file["about"]["predictor"]
-    predictor = built(small(method), file["backbone"], file["head"])
-    by_hand = top1(predictor, federation.test, torch.arange(len(federation.test)))
-    assert judged[file["about"]["predictor"]]["top1"] == by_hand
+    assert next(iter(judged)) == model.predictor
+    by_hand = top1_of(model, federation.test, torch.arange(len(federation.test)))
+    assert judged[model.predictor]["top1"] == by_hand
     assert by_hand > 0.3
 
 
 @pytest.mark.parametrize("site", ["site-001", "site-003"])
-@pytest.mark.parametrize("method", ["fedloge", "ditto", "fedavg-ft", "fedper", "local"])
+@pytest.mark.parametrize("method", ["fedloge", "fedloge+", "fedetf", "ditto", "fedavg-ft", "fedper", "local"])
 def test_personal_files_are_the_models_that_were_judged(
-    finished: Callable[[str], tuple[Path, Federation]],
-    files: Callable[[str, str], dict[str, Any]],
-    method: str,
-    site: str,
+    finished: Callable[[str], tuple[Path, Federation]], method: str, site: str
 ) -> None:
     folder, federation = finished(method)
-    file = files(method, f"personal/{site}")
-    about = file["about"]
-    assert about["backbone"] == ("generic.safetensors" if method in ("fedloge", "fedavg-ft") else "own")
-    backbone = file["backbone"] if about["backbone"] == "own" else files(method, "generic")["backbone"]
-    predictor = built(small(method), backbone, file["head"])
+    path = folder / "models" / "personal" / f"{site}.safetensors"
+    model, (_, about) = model_file.load(path), parts.read(path)
+    assert about["backbone"] == ("own" if method in ("ditto", "fedper", "local") else "generic.safetensors")
+    assert (model.round, model.site) == (4, site)
     judged = last(folder)["personal"]
-    assert next(iter(judged)) == about["predictor"]
-    by_hand = top1(predictor, federation.test, federation.judged_on[site], support(federation, site))
-    assert judged[about["predictor"]]["per_site"][site] == by_hand
+    assert next(iter(judged)) == model.predictor
+    assert model.meant.equal(support(federation, site))
+    assert judged[model.predictor]["per_site"][site] == top1_of(model, federation.test, federation.judged_on[site])

@@ -15,7 +15,7 @@ import torch
 
 from client.member import Member, Told
 from client.refusal import Refusal, cause
-from common import parts
+from common import model_file, parts
 from common.config import Config, parse
 from common.deployment import Deployment, ImagesConfig
 from common.errors import UserError
@@ -274,8 +274,8 @@ def test_every_order_leaves_a_line_and_tells_those_who_look_on(tmp_path: Path) -
     assert [event["loss"] is None for event in events] == [False, False, False, True]
     assert set(events[0]) == {"round", "trained", "loss", "generic", "personal", "examples", "losses", "seconds"}
     assert len(federation.told) == 4 * len(SITES)
-    settings = json.loads((tmp_path / "states" / SITES[0] / "models" / "settings.json").read_text())
-    assert settings["images"]["size"] == 8
+    made = model_file.load(tmp_path / "states" / SITES[0] / "models" / "personal.safetensors")
+    assert (made.images.size, made.round, made.site) == (8, 3, SITES[0])
 
 
 def test_a_site_that_never_trained_keeps_no_personal_model(tmp_path: Path) -> None:
