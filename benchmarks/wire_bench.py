@@ -146,7 +146,7 @@ class _Study:
         with self._timed("decode order"):
             got = decode_order(content)
             taken = site.reference.take(got.order)
-        site.fixed = taken.fixed or site.fixed
+        site.fixed = {**site.fixed, **taken.fixed}
         site.holds = got.fixed_digest
         received = Order(taken.round, taken.model, taken.shared, site.fixed)
         reply = site.participant.handle(received)

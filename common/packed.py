@@ -24,6 +24,7 @@ from common.parts import Manifest, Tensors, block_sums, digest, unflatten
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 # Nothing honest comes near these:
 LINE = 200  # characters of a name
+SHORT = 32  # characters of the digest of a fixed part
 MANIFEST = 2**17  # characters
 DIMENSIONS = 8
 ELEMENTS = 2**48
@@ -89,9 +90,13 @@ class Packed:
         return unflatten(flat, manifest)
 
 
+def part_digest(part: str, group: Tensors) -> str:
+    return digest({f"{part}/{name}": t for name, t in group.items()})[:SHORT]
+
+
 def fixed_digest(fixed: Mapping[str, Tensors]) -> str:
-    """One digest for all fixed parts, made as that of a model is; empty for none."""
-    return digest({f"{part}/{name}": t for part, group in fixed.items() for name, t in group.items()}) if fixed else ""
+    """The digests of all fixed parts in order, apart by blanks; empty for none."""
+    return " ".join(sorted(part_digest(part, group) for part, group in fixed.items()))
 
 
 def check_name(text: str) -> None:

@@ -29,7 +29,7 @@ from common.config import FrameConfig
 from common.fields import end, judgement, line, metrics, take, text
 from common.messages import SCHEMA, Order, Reply
 from common.objects import flat
-from common.packed import Packed, check_name, fixed_digest, shown
+from common.packed import Packed, check_name, part_digest, shown
 from common.packed_frame import with_zeros, without_zeros
 from common.parts import Manifest, Tensors
 
@@ -55,7 +55,7 @@ OVERHEAD = 2**19  # bytes of a reply beside its values and manifests
 class Received:
     """An order as it reached a site."""
 
-    order: Order  # its fixed parts are {} when they were not sent
+    order: Order  # its fixed parts are those that were sent
     settings: str
     fixed_digest: str  # of the method's fixed parts, sent or not; empty when it has none
     wire: Wire  # how the reply shall travel
@@ -69,19 +69,19 @@ class Card:
     version: str  # of fedloge
     classes: str  # digest of its list of classes
     examples: int  # training images
-    holds: str  # digest of the fixed parts it has at hand, or empty
+    holds: str  # digests of the fixed parts it has at hand, or empty
     counts: tuple[int, ...] | None = None  # training images per class, if the site has opted in
     reference: str = ""  # name of the backbone that it has kept, or empty
     schema: int = SCHEMA
 
 
 def encode_order(
-    order: Order, settings: str, *, with_fixed: bool, wire: Wire = "fp32", frame: FrameConfig | None = None
+    order: Order, settings: str, *, holds: str = "", wire: Wire = "fp32", frame: FrameConfig | None = None
 ) -> RecordDict:
-    """`frame` says where the method's frame, if it has one, is zero."""
+    """Without the fixed parts that the site `holds` by their digests. `frame` says where the frame is zero."""
     parts = {f"shared/{part}": t for part, t in order.shared.items()}
-    if with_fixed:
-        parts |= {f"fixed/{part}": t for part, t in order.fixed.items()}
+    digests = {part: part_digest(part, t) for part, t in order.fixed.items()}
+    parts |= {f"fixed/{part}": t for part, t in order.fixed.items() if digests[part] not in holds.split()}
     if order.centre is not None:
         parts[CENTRE] = {CENTRE: order.centre}
     about = {
@@ -90,7 +90,7 @@ def encode_order(
         "model": order.model,
         "train": order.train,
         "judge": order.judge,
-        "fixed": fixed_digest(order.fixed),
+        "fixed": " ".join(sorted(digests.values())),
         "settings": settings,
         "base": order.base,
         "reference": order.reference,
@@ -107,8 +107,8 @@ def decode_order(record: RecordDict) -> Received:
         parts[FRAME] = with_zeros(parts[FRAME], take(about, "places", list), take(about, "sparsity", float))
     shared, fixed = _taken(parts, "shared/"), _taken(parts, "fixed/")
     named = line(about, "fixed")
-    if fixed and fixed_digest(fixed) != named:
-        raise ValueError("the fixed parts do not match their digest")
+    if not {part_digest(part, t) for part, t in fixed.items()} <= set(named.split()):
+        raise ValueError("the fixed parts do not match their digests")
     order = Order(
         round=take(about, "round", int),
         model=line(about, "model"),

@@ -40,15 +40,17 @@ class Orders:
 
     def encoded(self, order: Order, cards: Mapping[int, Card]) -> dict[int, RecordDict]:
         """The content for each node, by its site's card."""
-        needed = fixed_digest(order.fixed)
-        made: dict[tuple[bool, str], RecordDict] = {}
+        needed = frozenset(fixed_digest(order.fixed).split())
+        made: dict[tuple[frozenset[str], str], RecordDict] = {}
         contents = {}
         for node, card in cards.items():
-            lacks = bool(needed) and card.holds != needed
+            held = needed & frozenset(card.holds.split())
             theirs = self._broadcast.of(order, card.reference) if self._wire in CODED else order
-            form = lacks, theirs.base
+            form = held, theirs.base
             if form not in made:
-                made[form] = encode_order(theirs, self._settings, with_fixed=lacks, wire=self._wire, frame=self._frame)
+                made[form] = encode_order(
+                    theirs, self._settings, holds=" ".join(held), wire=self._wire, frame=self._frame
+                )
             contents[node] = made[form]
         return contents
 

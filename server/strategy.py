@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.app.metadata import Metadata
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -210,17 +210,16 @@ class FedLoGe(Strategy):
 
     def _messages(self, order: Order, nodes: list[int]) -> list[Message]:
         """The order to each of them, with the fixed parts for those that have not got them."""
-        self._order, needed = order, fixed_digest(order.fixed)
-        policy = self.plan.config.federation
-        lacking = {node for node in nodes if needed and self._holding.get(node) != needed}
-        contents: dict[bool, RecordDict] = {
-            lacks: encode_order(
-                order, self.plan.settings(), with_fixed=lacks, wire=policy.wire, frame=self.plan.config.frame
+        self._order, policy = order, self.plan.config.federation
+        held = {node: self._holding.get(node, "") for node in nodes}
+        contents = {
+            holds: encode_order(
+                order, self.plan.settings(), holds=holds, wire=policy.wire, frame=self.plan.config.frame
             )
-            for lacks in {node in lacking for node in nodes}
+            for holds in set(held.values())
         }
         kind = TRAIN if order.train else JUDGE
-        messages = [Message(contents[node in lacking], node, kind, ttl=policy.deadline) for node in nodes]
+        messages = [Message(contents[held[node]], node, kind, ttl=policy.deadline) for node in nodes]
         self._asked = [message.metadata for message in messages]
         return messages
 

@@ -21,10 +21,12 @@ from common.deployment import Deployment, ImagesConfig
 from common.errors import UserError
 from common.images import PixelImages
 from common.messages import Judgement, Order, Reply
+from common.methods import METHODS
 from common.methods.method import ServerState
 from common.net import build
 from common.packed import fixed_digest
 from common.parts import Tensors
+from common.wire import decode_order, encode_order
 from fedloge import shares
 from fedloge.federation import assemble
 from fedloge.simulate import simulate
@@ -255,6 +257,26 @@ def test_fixed_parts_travel_once_and_again_when_they_are_damaged(tmp_path: Path)
     federation.ask(SITES[0], order)
     assert federation.sent == 2
     assert federation.member(SITES[0]).holds == digest
+
+
+def test_a_fixed_part_that_has_changed_travels_alone(tmp_path: Path) -> None:
+    """The head that is computed from class statistics, after every survey; the frame stays."""
+    federation = real(replace(experiment(), method=METHODS["fedloge+"]()), tmp_path, once=True)
+    state = federation.start()
+    fixed = {part: state.parts[part] for part in ("frame", "statistics")}
+    order = Order(1, "m", {"backbone": state.parts["backbone"]}, fixed)
+    settings = federation.deployment.settings()
+    federation.member(SITES[0]).answer(order, settings, fixed_digest(fixed))
+    for value in (1.0, 2.0):
+        changed = {name: torch.full_like(t, value) for name, t in fixed["statistics"].items()}
+        now = {**fixed, "statistics": changed}
+        sent = decode_order(encode_order(replace(order, fixed=now), settings, holds=federation.member(SITES[0]).holds))
+        assert sent.order.fixed.keys() == {"statistics"}
+        member = federation.member(SITES[0])
+        member.answer(sent.order, settings, sent.fixed_digest)
+        assert member.holds == fixed_digest(now)
+        [net] = [member._work.participant.net] if member._work else []
+        assert all(net.parts()[part][name].equal(t) for part, group in now.items() for name, t in group.items())
 
 
 def test_fixed_parts_of_another_digest_are_refused(tmp_path: Path) -> None:

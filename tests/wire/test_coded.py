@@ -293,7 +293,7 @@ def test_a_change_of_a_model_that_the_site_has_not_is_refused(tmp_path: Path) ->
 def test_an_order_on_another_wire_than_its_settings_say_is_refused(tmp_path: Path) -> None:
     real = study(tmp_path, "int8")
     order = real.order(real.start())
-    got = decode_order(encode_order(order, real.wish.settings(), with_fixed=True, wire="fp32"))
+    got = decode_order(encode_order(order, real.wish.settings(), wire="fp32"))
     with pytest.raises(Refusal, match=r"travels as fp32, and its settings say federation\.wire = int8"):
         real.member("site-000").answer(got.order, got.settings, got.fixed_digest, got.wire)
 

@@ -70,12 +70,14 @@ def test_messages_go_in_and_come_out(config: Config, tmp_path: Path) -> None:
     assert (card.name, card.classes, card.examples, card.holds) == ("north", class_digest(CLASSES), 16, "")
     assert card.counts is None
 
-    first = decode_reply(ask(config, TRAIN, encode_order(order(), PLAN.settings(), with_fixed=True)), "north")
+    first = decode_reply(ask(config, TRAIN, encode_order(order(), PLAN.settings())), "north")
     assert (first.client, first.round, first.model, first.examples) == ("north", 1, "the model", 16)
     assert sorted(first.shared) == ["backbone", "global_head"]
     assert decode_card(ask(config, CARD)).holds == fixed_digest(order().fixed)
 
-    last = decode_reply(ask(config, JUDGE, encode_order(order(False), PLAN.settings(), with_fixed=False)), "north")
+    last = decode_reply(
+        ask(config, JUDGE, encode_order(order(False), PLAN.settings(), holds=fixed_digest(order().fixed))), "north"
+    )
     assert last.shared == {}
     assert set(last.judged) == {"generic", "personal"}
     assert (tmp_path / "north" / "models" / "personal.safetensors").exists()
@@ -88,7 +90,7 @@ def test_a_process_has_one_member_that_is_told_to_whoever_opened_it(config: Conf
     seen: list[object] = []
     member = site_app.opened(config, seen.append)
     assert site_app.opened(dict(reversed(config.items()))) is member
-    ask(config, TRAIN, encode_order(order(), PLAN.settings(), with_fixed=True))
+    ask(config, TRAIN, encode_order(order(), PLAN.settings()))
     assert len(seen) == 1
 
 
@@ -121,11 +123,11 @@ def no_order(config: Config) -> tuple[Config, RecordDict]:
 
 
 def no_settings(config: Config) -> tuple[Config, RecordDict]:
-    return config, encode_order(order(), "/etc", with_fixed=True)
+    return config, encode_order(order(), "/etc")
 
 
 def no_fixed(config: Config) -> tuple[Config, RecordDict]:
-    return config, encode_order(order(), PLAN.settings(), with_fixed=False)
+    return config, encode_order(order(), PLAN.settings(), holds=fixed_digest(order().fixed))
 
 
 @pytest.mark.parametrize("wrong", [missing, foreign, no_order, no_settings, no_fixed])

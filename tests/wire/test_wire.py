@@ -106,7 +106,7 @@ Way = Callable[[RecordDict], RecordDict]
 @QUICK
 @given(ORDERS, WAYS, st.booleans(), st.sampled_from(["", '{"a": "\x7f"}']))
 def test_an_order_arrives_bit_for_bit(order: Order, way: Way, with_fixed: bool, text: str) -> None:
-    got = wire.decode_order(way(wire.encode_order(order, text, with_fixed=with_fixed)))
+    got = wire.decode_order(way(wire.encode_order(order, text, holds="" if with_fixed else fixed_digest(order.fixed))))
     assert (got.settings, got.wire) == (text, "fp32")
     assert got.fixed_digest == fixed_digest(order.fixed)
     assert (got.fixed_digest == "") == (order.fixed == {})
@@ -130,7 +130,7 @@ def test_bf16_rounds_the_backbone_and_nothing_else(parts: dict[str, Tensors], ba
     shared = {**parts, "backbone": backbone}
     rounded = {name: t.to(torch.bfloat16).to(torch.float32) for name, t in backbone.items()}
     order = Order(1, DIGEST, shared, {"backbone": backbone})
-    got = wire.decode_order(way(wire.encode_order(order, "", with_fixed=True, wire="bf16")))
+    got = wire.decode_order(way(wire.encode_order(order, "", wire="bf16")))
     assert got.wire == "bf16"
     assert got.order.model == DIGEST
     assert alike(got.order.shared, {**shared, "backbone": rounded})
@@ -153,7 +153,7 @@ def test_bf16_leaves_other_dtypes_as_they_are(backbone: Tensors) -> None:
 def test_changes_arrive_as_they_were(order: Order, reply: Reply, data: bytes, way: Way) -> None:
     changes = {"backbone": Change("int8", data, "0a"), "b": Change("topk", data[::-1], "")}
     sent = replace(order, changes=changes, base=DIGEST, reference="r")
-    got = wire.decode_order(way(wire.encode_order(sent, "", with_fixed=False, wire="topk")))
+    got = wire.decode_order(way(wire.encode_order(sent, "", wire="topk")))
     assert (got.wire, got.order.changes, got.order.base, got.order.reference) == ("topk", changes, DIGEST, "r")
     answer = wire.decode_reply(way(wire.encode_reply(replace(reply, changes=changes), "int8")), "north", "int8")
     assert answer.changes == changes
@@ -171,16 +171,16 @@ def framed() -> Order:
 @pytest.mark.parametrize("way", [by_objects, by_proto])
 def test_a_frame_travels_without_its_zeros(way: Way) -> None:
     order = framed()
-    record = wire.encode_order(order, "", with_fixed=True, frame=FRAME)
+    record = wire.encode_order(order, "", frame=FRAME)
     assert len(record["parts"]["fixed/frame"].data) == 4 * 96
     got = wire.decode_order(way(record))
     assert alike(got.order.fixed, order.fixed)
-    assert "places" not in wire.encode_order(order, "", with_fixed=False, frame=FRAME)["order"]
+    assert "places" not in wire.encode_order(order, "", holds=fixed_digest(order.fixed), frame=FRAME)["order"]
 
 
 def test_a_frame_that_is_not_zero_where_its_settings_say_travels_whole() -> None:
     dense = {"frame": {"weight": torch.randn(10, 24)}}
-    record = wire.encode_order(Order(1, DIGEST, {}, dense), "", with_fixed=True, frame=FRAME)
+    record = wire.encode_order(Order(1, DIGEST, {}, dense), "", frame=FRAME)
     assert len(record["parts"]["fixed/frame"].data) == 4 * 240
     assert alike(wire.decode_order(record).order.fixed, dense)
 
@@ -202,7 +202,7 @@ def test_a_frame_that_is_not_zero_where_its_settings_say_travels_whole() -> None
     ],
 )
 def test_a_frame_that_does_not_fit_its_places_is_refused(fields: dict[str, Any], reason: str) -> None:
-    record = wire.encode_order(framed(), "", with_fixed=True, frame=FRAME)
+    record = wire.encode_order(framed(), "", frame=FRAME)
     about = {name: value for name, value in {**record["order"], **fields}.items() if value is not None}
     with pytest.raises(ValueError, match=reason) as refused:
         wire.decode_order(RecordDict({"order": ConfigRecord(about), "parts": record["parts"]}))
@@ -260,7 +260,7 @@ def test_the_number_of_objects_does_not_depend_on_the_number_of_tensors() -> Non
     assert len(shared["backbone"]) == 100
     flat = {part: {"all": torch.cat([t.reshape(-1) for t in group.values()])} for part, group in shared.items()}
     fixed = {"frame": {"W": torch.randn(512, 10)}}
-    orders = [wire.encode_order(Order(1, DIGEST, s, fixed), "{}", with_fixed=True) for s in (shared, flat)]
+    orders = [wire.encode_order(Order(1, DIGEST, s, fixed), "{}") for s in (shared, flat)]
     counts = {len(get_all_nested_objects(Message(record, 1, wire.TRAIN))) for record in orders}
     # message, content, order, parts; three arrays; chunks of 5 MiB: nine of the backbone, one of each other part
     assert counts == {4 + 3 + 11}
@@ -289,7 +289,7 @@ def test_an_honest_reply_weighs_no_more_than_reply_bytes(dtype: Wire) -> None:
 def test_a_survey_travels_exactly_and_weighs_little() -> None:
     about = torch.randn(512, dtype=torch.float64)
     order = Order(4, DIGEST, resnet(), {}, train=False, centre=about)
-    came = wire.decode_order(by_objects(wire.encode_order(order, "{}", with_fixed=False))).order
+    came = wire.decode_order(by_objects(wire.encode_order(order, "{}"))).order
     assert came.centre is not None
     assert torch.equal(came.centre, about)
     assert (came.train, came.judge) == (False, False)
@@ -312,7 +312,7 @@ def test_a_survey_travels_exactly_and_weighs_little() -> None:
 )
 def test_a_survey_that_makes_no_sense_is_refused(order: Order, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        wire.decode_order(wire.encode_order(order, "{}", with_fixed=False))
+        wire.decode_order(wire.encode_order(order, "{}"))
 
 
 # ---- what must not get past ----
@@ -360,7 +360,7 @@ def described(part: str) -> list[str]:
 
 BAD = {
     "nothing": (RecordDict(), "holds no reply"),
-    "an order": (wire.encode_order(Order(1, DIGEST, {}, {}), "", with_fixed=False), "holds no reply"),
+    "an order": (wire.encode_order(Order(1, DIGEST, {}, {}), ""), "holds no reply"),
     "a card": (wire.encode_card(wire.Card("north", "1", "", 3, "")), "holds no reply"),
     "no arrays": (RecordDict({"reply": wire.encode_reply(GOOD)["reply"]}), "does not hold"),
     "one record more": (RecordDict({**wire.encode_reply(GOOD), "more": ConfigRecord()}), "does not hold"),
@@ -579,7 +579,7 @@ ORDER = Order(3, DIGEST, GOOD.shared, {"frame": {"W": torch.randn(3, 2)}}, judge
     ],
 )
 def test_a_bad_order_is_refused_for_what_it_is(fields: dict[str, Any], reason: str) -> None:
-    record = wire.encode_order(ORDER, "{}", with_fixed=True)
+    record = wire.encode_order(ORDER, "{}")
     about = {name: value for name, value in {**record["order"], **fields}.items() if value is not None}
     with pytest.raises(ValueError, match=reason) as refused:
         wire.decode_order(RecordDict({"order": ConfigRecord(about), "parts": record["parts"]}))
@@ -683,7 +683,7 @@ def test_objects_of_random_bytes_are_refused_or_pass(data: st.DataObject) -> Non
 def over_the_wire(federation: Tiny, way: Wire) -> list[rounds.RoundReport]:
     def handler(name: str) -> Callable[[Order], Reply]:
         def handle(order: Order) -> Reply:
-            received = wire.decode_order(by_objects(wire.encode_order(order, "{}", with_fixed=True, wire=way)))
+            received = wire.decode_order(by_objects(wire.encode_order(order, "{}", wire=way)))
             reply = federation.sites[name].handle(received.order)
             return wire.decode_reply(by_objects(wire.encode_reply(reply, received.wire)), name, way)
 
