@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from client import data
-from common import model_file, statistics
+from common import model_file
 from common.errors import UsageError, UserError
 from common.evaluation import FeatureCache, evaluate
-from common.features import features_of
 from common.holding import ACCEPTED, gather, resolved, unlabelled
 from common.images import Images, normalise, spread
-from common.methods.method import JUDGED, Predictor
+from common.methods.method import Predictor, fitted
 from common.model_file import Model
 from common.net import best_device
 from common.seeds import generator
@@ -121,14 +120,10 @@ def personalize(options: argparse.Namespace) -> None:
     name = options.out.stem
     found = data.load(options.data, options.test, model.images.classes, name, options.out.with_suffix(".splits.json"))
     images = found.train.images(model.images, training=True)
-    rng = generator(0, "temperature", name)
-    index = torch.randperm(len(images), generator=rng)[:JUDGED]
-    said = [
-        (model.head(f).cpu(), y.cpu()) for f, y in features_of(model.backbone, images, index, device, BATCH, rng=rng)
-    ]
-    logits, y = (torch.cat(part) for part in zip(*said, strict=True))
-    temperature = statistics.temperature(logits, y, found.counts)
-    head = statistics.adapted(model.head, found.counts.to(device), temperature)
+    head = fitted(
+        model.head, model.backbone, images, torch.arange(len(images)), found.counts.to(device), device, BATCH, "fp32",
+        generator(0, "temperature", name),
+    )  # fmt: skip
     own = replace(model, head=head, predictor=f"{model.predictor}, own prior", meant=found.counts > 0, site=name)
     model_file.save(options.out, own)
     for note in found.notes:

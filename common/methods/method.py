@@ -193,15 +193,31 @@ def computed(net: Net, site: Site | None = None) -> dict[str, Predictor]:
     return {"statistics": Predictor(backbone, head if site is None else _adapted(head, backbone, site))}
 
 
-@torch.no_grad()
 def _adapted(head: statistics.StatisticsHead, backbone: nn.Module, site: Site) -> nn.Linear:
     config = site.task.config
-    batch, precision = config.evaluation.batch, config.train.precision
+    passes = config.evaluation.batch, config.train.precision
     rng = generator(config.seed, "temperature", site.round, site.name)
-    index = site.train[torch.randperm(len(site.train), generator=rng)[:JUDGED]]
-    said = [(head(f), y) for f, y in features_of(backbone, site.images, index, site.device, batch, precision, rng)]
+    return fitted(head, backbone, site.images, site.train, site.counts, site.device, *passes, rng)
+
+
+@torch.no_grad()
+def fitted(
+    head: statistics.StatisticsHead | nn.Linear,
+    backbone: nn.Module,
+    images: Images,
+    train: Tensor,
+    counts: Tensor,
+    device: torch.device,
+    batch: int,
+    precision: str,
+    rng: torch.Generator,
+) -> nn.Linear:
+    """A balanced head for a site that trains on `train`: with its class frequencies, and at the temperature that suits
+    an augmented pass over some of these images."""
+    index = train[torch.randperm(len(train), generator=rng)[:JUDGED]]
+    said = [(head(f), y) for f, y in features_of(backbone, images, index, device, batch, precision, rng)]
     logits, y = (torch.cat(part) for part in zip(*said, strict=True))
-    return statistics.adapted(head, site.counts, statistics.temperature(logits, y, site.counts))
+    return statistics.adapted(head, counts, statistics.temperature(logits, y, counts))
 
 
 def linear_predictors(net: Net, task: Task) -> dict[str, Predictor]:
