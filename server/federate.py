@@ -16,14 +16,14 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import metrics
+from common.codec import CODED
 from common.config import RunConfig
 from common.deployment import Deployment, from_settings
 from common.errors import UserError
@@ -34,7 +34,8 @@ from common.net import best_device, build_on, roles
 from server import checkpoint, rounds, run_folder
 from server.checkpoint import Checkpoint, Writer
 from server.fleet import Exchange, Fleet
-from server.models import TestSet, placed, save_generic
+from server.models import TestSet, over_sites, placed, save_generic
+from server.spill import spilled
 from server.status import Board, added
 from server.survey import unsurveyed
 
@@ -47,8 +48,6 @@ MAY_CHANGE = (
     "train.",
     "name",
 )  # between rounds; [run] and [server] are the machine's own
-FIGURES = ("top1", "balanced", "macro_f1", "ece")  # shares
-PREDICTORS = 16  # more of one kind no method has
 PACE = 5  # rounds by which the time left is guessed
 
 
@@ -135,7 +134,8 @@ class _Run:
             self._surveyed,
             self._during,
             judge=lambda round: run_folder.evaluated(self.config, round),
-            collecting=self.net.stowed,
+            asking=self.net.stowed,
+            waiting=self._waiting,
         )
 
     def go(self, found: Checkpoint) -> dict[str, Any]:
@@ -231,6 +231,17 @@ class _Run:
             **changes,
         )
 
+    @contextmanager
+    def _waiting(self, order: Order) -> Iterator[None]:
+        """Without the memory of a large model, if nobody will ask for its values."""
+        policy = self.config.federation
+        if policy.wire in CODED or policy.max_update > 0:  # it may be sent once more, or compared with
+            yield
+            return
+        shared = [t for group in order.shared.values() for t in group.values()]
+        with spilled(shared, self._folder, ready=self._writer.wait):
+            yield
+
     def _waits(self) -> None:
         self._board.show(phase="waiting", chosen=[], waiting=[], refused={}, round_began=None, deadline=None)
 
@@ -272,19 +283,6 @@ class _Reporting:
 
     def broadcast(self, order: Order, names: Sequence[str], deadline: float) -> Exchange:
         return self._fleet.broadcast(order, names, deadline)
-
-
-def over_sites(judged: Mapping[str, Judgement], kind: str) -> dict[str, Any]:
-    """Figures of every predictor as means over the sites. What a site says that makes no sense is left out."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in sorted(judged):
-        for predictor, measures in list(judged[name].get(kind, {}).items())[:PREDICTORS]:
-            values = [measures.get(key, -1.0) for key in FIGURES]
-            if all(value is None or 0 <= value <= 1 for value in values):
-                found.setdefault(predictor, {})[name] = measures
-            else:
-                log.warning("%s says of its %s model %r what cannot be: left out", name, kind, predictor)
-    return {predictor: metrics.over_sites(results, ()) for predictor, results in found.items()}
 
 
 def _evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
-"""The server's state as a model: on which device it lies, how good it is, and the file it ends in."""
+"""The server's state as a model: on which device it lies, how good it is, here and at the sites, and its file."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,14 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import files, model_file
+from common import files, metrics, model_file
 from common.deployment import Deployment, ImagesConfig
 from common.evaluation import FeatureCache, evaluate
 from common.holding import gather
 from common.images import Images
+from common.messages import Judgement
 from common.methods.method import Method, ServerState
 from common.model_file import GENERIC, Model
 from common.net import Net, Task
+
+log = logging.getLogger(__name__)
+
+FIGURES = ("top1", "balanced", "macro_f1", "ece")  # shares
+PREDICTORS = 16  # more of one kind no method has
 
 
 def placed(state: ServerState, device: torch.device) -> ServerState:
@@ -59,3 +67,16 @@ class TestSet:
         cache = FeatureCache(self._images, device, batch, common_backbone(net, state), precision)
         everything: Tensor = torch.arange(len(self._images))
         return evaluate(method.served(net, task), cache, everything, ())
+
+
+def over_sites(judged: Mapping[str, Judgement], kind: str) -> dict[str, Any]:
+    """Figures of every predictor as means over the sites. What a site says that makes no sense is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted(judged):
+        for predictor, measures in list(judged[name].get(kind, {}).items())[:PREDICTORS]:
+            values = [measures.get(key, -1.0) for key in FIGURES]
+            if all(value is None or 0 <= value <= 1 for value in values):
+                found.setdefault(predictor, {})[name] = measures
+            else:
+                log.warning("%s says of its %s model %r what cannot be: left out", name, kind, predictor)
+    return {predictor: metrics.over_sites(results, ()) for predictor, results in found.items()}

@@ -68,7 +68,8 @@ class Hooks:
     complete: Callable[[ServerState], ServerState] = lambda state: state  # adds to its state, before `after` sees it
     during: Callable[[Standing], None] = lambda _: None  # whenever an open round's standing changes
     judge: Callable[[int], bool] = lambda _: False  # whether sites judge the state after this round
-    collecting: Callable[[], AbstractContextManager[None]] = nullcontext  # around the time replies are waited for
+    asking: Callable[[], AbstractContextManager[None]] = nullcontext  # around an order and its replies
+    waiting: Callable[[Order], AbstractContextManager[None]] = lambda _: nullcontext()  # while replies are waited for
 
 
 def run(
@@ -117,7 +118,7 @@ def one_round(
     order = make_order(method, state, state.round + 1, train=True, judge=state.round > 0 and hooks.judge(state.round))
     chosen = choose(names, policy.fraction, seed, order.round) if enough else []
     fold = Fold(order, method.statistics(workspace), method.objection, policy.max_examples, policy.max_update)
-    with hooks.collecting():
+    with hooks.asking():
         answers = _collect(fleet, order, chosen, policy, hooks, clock, fold.add)
     new = state
     if answers.counts:
@@ -148,7 +149,7 @@ def survey(
     for _ in range(policy.failures):
         chosen = fleet.names(policy.min_clients, max(until - clock(), 0.0))
         asked = Survey(order, len(task.classes), policy.max_examples)
-        with hooks.collecting():
+        with hooks.asking():
             answers = _collect(fleet, order, chosen, policy, hooks, clock, asked.add)
         if answers.counts and len(chosen) >= policy.min_clients:
             break
@@ -241,33 +242,34 @@ def _collect(
     closes = began + policy.deadline
     hooks.during(standing)
     exchange = fleet.broadcast(order, chosen, policy.deadline)
-    while waiting and (left := closes - clock()) > 0:
-        answer = None  # a reply is large: the last one goes before the next one comes
-        answer = exchange.next(left)
-        if answer is None:
-            continue
-        if answer.client not in waiting:
-            log.warning("round %d: an answer from %s, which is not awaited, is ignored", order.round, answer.client)
-            continue
-        waiting.discard(answer.client)
-        before = len(accepted) + len(early)
-        if isinstance(answer, Failure):
-            standing.refused[answer.client] = answer.reason
-            log.warning("round %d: %s failed: %s", order.round, answer.client, answer.reason)
-        elif policy.fold == "name":
-            early[answer.client] = answer
-        else:
-            take(answer)
+    with hooks.waiting(order):
+        while waiting and (left := closes - clock()) > 0:
+            answer = None  # a reply is large: the last one goes before the next one comes
+            answer = exchange.next(left)
+            if answer is None:
+                continue
+            if answer.client not in waiting:
+                log.warning("round %d: an answer from %s, which is not awaited, is ignored", order.round, answer.client)
+                continue
+            waiting.discard(answer.client)
+            before = len(accepted) + len(early)
+            if isinstance(answer, Failure):
+                standing.refused[answer.client] = answer.reason
+                log.warning("round %d: %s failed: %s", order.round, answer.client, answer.reason)
+            elif policy.fold == "name":
+                early[answer.client] = answer
+            else:
+                take(answer)
+            for name in sorted(early):
+                if any(other < name for other in waiting):
+                    break
+                take(early.pop(name))
+            if before < quorum <= len(accepted) + len(early):
+                closes = min(closes, clock() + policy.grace)
+            hooks.during(standing)
+        exchange.close()
         for name in sorted(early):
-            if any(other < name for other in waiting):
-                break
-            take(early.pop(name))
-        if before < quorum <= len(accepted) + len(early):
-            closes = min(closes, clock() + policy.grace)
-        hooks.during(standing)
-    exchange.close()
-    for name in sorted(early):
-        take(early[name])
+            take(early[name])
     return _Answers(
         counts=bool(chosen) and len(accepted) >= quorum,
         accepted=accepted,

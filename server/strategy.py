@@ -45,10 +45,11 @@ from common.parts import Tensors
 from common.wire import JUDGE, TRAIN, decode_reply, encode_order
 from server import checkpoint, run_folder
 from server.broadcast import opened
-from server.federate import FIGURES, federate, over_sites
+from server.federate import federate
 from server.flower_fleet import POLL, FlowerFleet
 from server.flower_objects import reason
 from server.fold import Fold, Refused
+from server.models import FIGURES, over_sites
 from server.rounds import GaveUp, choose, make_order
 from server.status import Board
 

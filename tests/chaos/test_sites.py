@@ -15,7 +15,7 @@ def test_sites_leave_die_return_and_come_late(tmp_path: Path) -> None:
     often = ["partition.clients=4", "federation.rounds=40", "evaluation.every=1"]  # so a survey follows every round
     with Arena(tmp_path / "arena", often) as arena:
         stays, dies, leaves, other = arena.names
-        arena.serve("--min-clients", 2, "--quorum", 0.5, "--grace", 3)
+        arena.serve("--min-clients", 2, "--quorum", 0.5, "--grace", 20)
         for name in (stays, dies, leaves):
             arena.join(name)
         arena.until(lambda: arena.rounds() and len(arena.rounds()[-1]["sites"]) == 3, "a round with all three")

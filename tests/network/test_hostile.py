@@ -31,7 +31,7 @@ LAST = f"round-{len(LIES):06d}.safetensors"
 EVERY = 3  # rounds, and then a survey, the last of which it answers with nothing
 SURVEYS = dict(zip(range(EVERY, len(LIES), EVERY), COUNTS.values(), strict=True))
 HUGE = [name for name in LIES if name.startswith("1 GB")]
-MEGABYTES = 64  # that a process may grow by what is refused: the largest object that is read has 16
+MEGABYTES = 128  # that a process may grow by what is refused, of 1 GB: it reads two objects of up to 16 at a time
 pytestmark = pytest.mark.timeout(900)  # 29 rounds of five processes, and 1 GB over TLS, on a machine that may be busy
 
 

@@ -11,13 +11,16 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import ServerApp
 
-from common import deployment
-from common.messages import class_digest
+from common import deployment, parts
+from common.messages import Reply, class_digest
 from common.wire import CARD, OVER, VERSION, Card, decode_order, encode_card, encode_reply
 from server import app as module
-from server import checkpoint, status
+from server import checkpoint, spill, status
+from server.federate import federate
+from server.fleet import LocalFleet
 from server.flower_link import NoLink
-from tests.members import CLASSES, NAMES, images, members
+from server.fold import Fold
+from tests.members import CLASSES, NAMES, Handler, images, members
 from tests.serverappio import Node, SuperLink
 from tests.wire.test_strategy import TOML
 
@@ -103,6 +106,33 @@ def test_a_run_is_the_whole_federation(link: SuperLink, folder: Path, tmp_path: 
     assert (folder / "run" / "metrics.json").exists()
     assert all((tmp_path / "sites" / name / "over").exists() for name in NAMES)
     assert all((tmp_path / "sites" / name / "models" / "personal.safetensors").exists() for name in NAMES)
+
+
+def test_a_large_model_is_out_of_the_way_while_replies_come(
+    link: SuperLink, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what comes out is, to the bit, what comes out of a federation in whose memory it stays."""
+    plan = deployment.load(folder / "federation.toml", ['federation.fold="name"'])
+    (folder / "run" / module.OVERRIDES).write_text(r'["federation.fold=\"name\""]')
+    sites = members(images(tmp_path / "others"), tmp_path / "at home")
+    handlers = {name: Handler(member, plan.settings()) for name, member in sites.items()}
+    federate(plan, tmp_path / "run", LocalFleet(handlers), status.Board(tmp_path / "run"))
+    away = []
+    real = Fold.add
+
+    def add(self: Fold, reply: Reply) -> None:
+        away.append(all(t.numel() == 0 for group in self._order.shared.values() for t in group.values()))
+        real(self, reply)
+
+    monkeypatch.setattr(Fold, "add", add)
+    monkeypatch.setattr(spill, "LARGE", 1)
+    run(link, federation=str(folder))
+    assert away == [True] * 6
+    ours, theirs = (checkpoint.latest(place / "checkpoints") for place in (folder / "run", tmp_path / "run"))
+    assert ours is not None
+    assert theirs is not None
+    for part, group in theirs.state.parts.items():
+        assert parts.digest(ours.state.parts[part]) == parts.digest(group)
 
 
 def test_a_second_run_goes_on_by_what_the_command_line_says(link: SuperLink, folder: Path) -> None:
