@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,7 +93,9 @@ class Net(nn.Module):
             yield
         finally:
             for t, (shape, stride) in zip(places, shapes, strict=True):
-                t.data = t.new_empty_strided(shape, stride).zero_()
+                t.data = _zeros(t, shape) if t.is_cpu else t.new_zeros(shape)
+                if t.stride() != stride:
+                    t.data = t.new_empty_strided(shape, stride).zero_()
 
     def train_only(self, parts: Collection[str]) -> None:
         """Put `parts` in training mode and freeze the rest altogether: no gradient, no moving statistic."""
@@ -100,6 +103,11 @@ class Net(nn.Module):
             trained = part in parts
             module.train(trained)
             module.requires_grad_(trained)
+
+
+def _zeros(like: Tensor, shape: torch.Size) -> Tensor:
+    """torch would write them; numpy's take no memory before something else is written to them, if they are large."""
+    return torch.from_numpy(np.zeros(shape.numel() * like.itemsize, np.uint8)).view(like.dtype).view(shape)
 
 
 def build(method: "Method", task: Task) -> Net:

@@ -16,14 +16,13 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.codec import CODED
 from common.config import RunConfig
 from common.deployment import Deployment, from_settings
 from common.errors import UserError
@@ -35,7 +34,7 @@ from server import checkpoint, rounds, run_folder
 from server.checkpoint import Checkpoint, Writer
 from server.fleet import Exchange, Fleet
 from server.models import TestSet, over_sites, placed, save_generic
-from server.spill import spilled
+from server.spill import aside
 from server.status import Board, added
 from server.survey import unsurveyed
 
@@ -135,7 +134,7 @@ class _Run:
             self._during,
             judge=lambda round: run_folder.evaluated(self.config, round),
             asking=self.net.stowed,
-            waiting=self._waiting,
+            waiting=aside(self.config.federation, folder, self._writer.wait),
         )
 
     def go(self, found: Checkpoint) -> dict[str, Any]:
@@ -230,17 +229,6 @@ class _Run:
             quarantined={**self._board.status.quarantined, **refused},
             **changes,
         )
-
-    @contextmanager
-    def _waiting(self, order: Order) -> Iterator[None]:
-        """Without the memory of a large model, if nobody will ask for its values."""
-        policy = self.config.federation
-        if policy.wire in CODED or policy.max_update > 0:  # it may be sent once more, or compared with
-            yield
-            return
-        shared = [t for group in order.shared.values() for t in group.values()]
-        with spilled(shared, self._folder, ready=self._writer.wait):
-            yield
 
     def _waits(self) -> None:
         self._board.show(phase="waiting", chosen=[], waiting=[], refused={}, round_began=None, deadline=None)

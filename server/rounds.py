@@ -97,7 +97,8 @@ def run(
                 )
             continue
         failed = 0
-        state = hooks.complete(report.state)
+        state = report.state  # the one before is as large, and goes
+        state = hooks.complete(state)
         hooks.after(replace(report, state=state))
     return state
 
@@ -268,8 +269,9 @@ def _collect(
                 closes = min(closes, clock() + policy.grace)
             hooks.during(standing)
         exchange.close()
+        answer = None
         for name in sorted(early):
-            take(early[name])
+            take(early.pop(name))
     return _Answers(
         counts=bool(chosen) and len(accepted) >= quorum,
         accepted=accepted,

@@ -6,15 +6,27 @@ the server holds the running sum and the reply in hand, and nothing else that is
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common import heap
+from common.codec import CODED
+from common.config import FederationConfig
+from common.messages import Order
 
 LARGE = 256 << 20  # bytes; writing and reading fewer is not worth what it saves
+
+
+def aside(
+    policy: FederationConfig, folder: Path, ready: Callable[[], None] = lambda: None
+) -> Callable[[Order], AbstractContextManager[None]]:
+    """For `Hooks.waiting`: without the shared parts of a round, unless they may be sent once more or compared with."""
+    if policy.wire in CODED or policy.max_update > 0:
+        return lambda _: nullcontext()
+    return lambda order: spilled([t for group in order.shared.values() for t in group.values()], folder, ready)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from common.net import build
 from server import rounds
 from server.flower_fleet import FlowerFleet
 from server.flower_link import open_link
+from server.spill import aside
 
 app = ServerApp()
 
@@ -41,8 +42,9 @@ def main(grid: Grid, context: Context) -> None:
             out.write(json.dumps(line) + "\n")
         last = time.monotonic()
 
-    hooks = rounds.Hooks(after=note, collecting=net.stowed)
-    rounds.run(fleet, method, method.init(net, task), net, plan.config.federation, plan.config.seed, hooks)
+    policy = plan.config.federation
+    hooks = rounds.Hooks(after=note, asking=net.stowed, waiting=aside(policy, folder))
+    rounds.run(fleet, method, method.init(net, task), net, policy, plan.config.seed, hooks)
     fleet.over()
     fleet.close()
     link.close()
