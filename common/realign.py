@@ -38,9 +38,9 @@ def added(first: nn.Linear, second: nn.Linear) -> nn.Linear:
     return linear(first.weight + second.weight, first.bias + second.bias)
 
 
-def averaged(first: nn.Linear, second: nn.Linear) -> nn.Linear:
-    """The head whose logits are the mean of both heads' logits."""
-    return linear((first.weight + second.weight) / 2, (first.bias + second.bias) / 2)
+def averaged(first: nn.Linear, second: nn.Linear, share: float) -> nn.Linear:
+    """The head whose logits are the mean of both heads' logits, the second's with that weight."""
+    return linear(first.weight.lerp(second.weight, share), first.bias.lerp(second.bias, share))
 
 
 def personal_heads(psi: nn.Linear, phi: nn.Linear) -> dict[str, nn.Linear]:
