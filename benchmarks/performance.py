@@ -64,7 +64,7 @@ def current(paths: list[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
             record["rows"] = [row for row in record["rows"] if row["model"] not in seen]
             subjects = {row["model"] for row in record["rows"]}
         else:
-            subjects = {(record.get("dim"), record.get("classes"))} - seen
+            subjects = {(record.get("dim"), record.get("classes"), record.get("model"))} - seen
         if subjects:
             yield path, record
         seen |= subjects
