@@ -3,6 +3,7 @@
 That every round folded only good replies of its own, each once, is shown by doing it again: the same rounds with the
 sites that events.jsonl names, in one process, come to the same bits as every checkpoint that is kept. One reply more
 or less, or of another round, and they do not. The personal heads are shown likewise, each from the one before.
+Whose class statistics a computed head is made of is not told: it must be that of some of the sites, each once.
 """
 
 import json
@@ -12,21 +13,24 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from client.store import Store
-from common import config, deployment, parts
+from common import config, deployment, parts, statistics
 from common.errors import UserError
 from common.methods.method import ServerState
 from common.parts import Tensors
+from common.statistics import PART, Sums
 from fedloge import demo
 from fedloge.federation import Federation, assemble
 from server import checkpoint, rounds, run_folder
 from server import status as board
 from server.checkpoint import Checkpoint
+from server.survey import centre
 from tests.chaos import disks
 from tests.chaos.arena import PROC, processes
 
@@ -115,6 +119,10 @@ def _unlike(place: Path, names: Sequence[str], experiment: Sequence[str], kept: 
             if (wrong := _difference(one.state, states[number])) is not None:
                 yield f"round {number}: {wrong} is not what the replies of its sites come to"
                 return
+            surveyed = number == len(states) - 1 or run_folder.evaluated(federation.task.config, number)
+            if PART in one.state.parts and surveyed and not _of_some_sites(federation, one.state):
+                yield f"round {number}: the computed head is not that of the statistics of any of the sites"
+                return
         for name in names:
             yield from _wrong_heads(federation, states, place / "sites" / name, name, Path(scratch))
 
@@ -139,10 +147,28 @@ def _replayed(federation: Federation, events: Sequence[dict[str, Any]]) -> list[
     return states
 
 
+def _of_some_sites(federation: Federation, state: ServerState) -> bool:
+    """Whether the computed head is what the sums of some sites, or of none, come to."""
+    about = centre(federation.net, federation.task, state)
+    sums = [site.count(about) for site in federation.sites.values()]
+    for chosen in product((True, False), repeat=len(sums)):
+        empty = Sums.nothing(len(federation.task.classes), len(about))
+        total = sum((one for one, taken in zip(sums, chosen, strict=True) if taken), empty)
+        head = statistics.solve(total, about)
+        wanted = {} if head is None else head.tensors()
+        near = [
+            torch.allclose(t, wanted.get(name, torch.zeros_like(t)), rtol=1e-4, atol=1e-5)
+            for name, t in state.parts[PART].items()
+        ]
+        if all(near):
+            return True
+    return False
+
+
 def _difference(one: ServerState, other: ServerState) -> str | None:
-    """The first tensor that is not the same."""
-    for part, group in other.parts.items():
-        for name, tensor in group.items():
+    """The first tensor that is not the same, of those that rounds make."""
+    for part in other.parts.keys() - {PART}:
+        for name, tensor in other.parts[part].items():
             mine = one.parts.get(part, {}).get(name)
             if mine is None or not torch.equal(mine, tensor):
                 return f"{part}/{name}"

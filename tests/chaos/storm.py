@@ -34,7 +34,7 @@ from tests.chaos.schedule import MOMENTS, PROGRAMS, Fault
 from tests.network.relay import Relay
 
 SITES = ("site-000", "site-001", "site-002")
-EXPERIMENT = ["method=fedloge", "partition.clients=3", "model.width=300", "train.epochs=1", "evaluation.every=3"]
+EXPERIMENT = ["partition.clients=3", "model.width=300", "train.epochs=1", "evaluation.every=3"]
 POLICY = ("--min-clients", 2, "--quorum", 0.5, "--grace", 2, "--deadline", 60, "--set", "run.keep=20")
 TOGETHER = ("--min-clients", 3, "--quorum", 1)  # at the end: a site that is away then is not told of it
 ENDLESS = 100_000  # rounds, until the last fault is survived

@@ -85,11 +85,11 @@ def newest(place: Path, pattern: str) -> Path:
     return max(place.glob(pattern))
 
 
-def fold_otherwise(place: Path) -> None:
+def otherwise(place: Path, part: str, name: str, more: float) -> None:
     """The newest checkpoint as it were with a little more of one of the replies."""
     path = newest(place, CHECKPOINTS)
     found = checkpoint.read(path)
-    found.state.parts["global_head"]["bias"][0] += 1e-6
+    found.state.parts[part][name][0] += more
     checkpoint.save(path.parent, found, keep=99)
 
 
@@ -117,7 +117,10 @@ DOCTORED: dict[str, Change] = {
     "there are checkpoints of the rounds": lambda p: min(p.glob(CHECKPOINTS)).unlink(),
     "cannot be read": lambda p: damage(newest(p, CHECKPOINTS)),
     "tells of other rounds": lambda p: shutil.copyfile(min(p.glob(CHECKPOINTS)), newest(p, CHECKPOINTS)),
-    "global_head/bias is not what the replies of its sites come to": fold_otherwise,
+    "hidden1.bias is not what the replies of its sites come to": lambda p: otherwise(
+        p, "backbone", "hidden1.bias", 1e-6
+    ),
+    "head is not that of the statistics of any of the sites": lambda p: otherwise(p, "statistics", "bias", 1e-3),
     "has personal heads of the rounds []": lambda p: [path.unlink() for path in p.glob(HEADS)],
     "was last in round": lambda p: newest(p, HEADS).unlink(),
     "site-001 trained in the rounds": lambda p: edit(p / "sites/site-001/events.jsonl", lambda lines: lines[::-1]),
