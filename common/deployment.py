@@ -27,7 +27,6 @@ class ImagesConfig:
 
     def __post_init__(self) -> None:
         require(1 <= self.size <= 4096, "images.size", self.size, "1 to 4096 pixels")
-        require(self.channels in (1, 3), "images.channels", self.channels, "1 or 3")
         twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
         require(not twice, "images.classes", twice, "every class name once")
         require(all(self.classes), "images.classes", "", "names that are not empty")
@@ -108,6 +107,8 @@ def _parse(table: Mapping[str, Any]) -> Deployment:
         if key in table:
             raise UsageError(f"unknown key {key}: the data are at the sites; [images] says what an image is")
     parts = {key: build(kind, section(table.get(key, {}), key), f"{key}.") for key, kind in _OWN.items()}
+    images = parts["images"]
+    require(images.channels in (1, 3), "images.channels", images.channels, "1 or 3")
     config = parse({key: value for key, value in table.items() if key not in _OWN})
     require(config.evaluation.on == "test", "evaluation.on", config.evaluation.on, "test: sites put nothing else aside")
     require(config.run.lanes == 0, "run.lanes", config.run.lanes, "0: every site trains on its own machine")

@@ -11,7 +11,7 @@ from torch import Tensor
 from common.codec import Change
 from common.parts import Tensors
 
-SCHEMA = 3  # raised whenever the meaning of a field below changes
+SCHEMA = 4  # raised whenever the meaning of a field below changes
 
 # why a site cannot read an order whose backbone is a change; the server then sends it the whole
 LACKS = "it has not kept the model that the change is from"

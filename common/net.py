@@ -107,6 +107,8 @@ class Net(nn.Module):
 
 def _zeros(like: Tensor, shape: torch.Size) -> Tensor:
     """torch would write them; numpy's take no memory before something else is written to them, if they are large."""
+    if not shape.numel():
+        return like.new_zeros(shape)
     return torch.from_numpy(np.zeros(shape.numel() * like.itemsize, np.uint8)).view(like.dtype).view(shape)
 
 

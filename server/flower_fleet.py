@@ -162,7 +162,7 @@ class FlowerFleet:
         letter, node = answer.letter, self._nodes.get(answer.letter.node)
         card = None if node is None else node.card
         if answer.content is None:
-            if node is not None and card is not None and answer.error == LACKS and not node.forgets:
+            if node is not None and card is not None and answer.error == LACKS and card.reference:
                 node.card, node.forgets = replace(card, reference=""), True
                 return node
             if node is not None:  # whatever it was: the site says anew how it is before it gets another order

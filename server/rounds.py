@@ -142,25 +142,30 @@ def survey(
 
     Like a round it is tried again while it has no quorum. But it does not hold up the run: in all, sites that are
     lacking are waited for as long as by one round at the end, before it no longer than by a round with its quorum, and
-    after `policy.failures` tries what the last one brought is used.
+    of `policy.failures` tries the one that brought the most is used.
     """
     until = clock() + (policy.wait if state.round >= policy.rounds else min(policy.wait, policy.grace))
     order = make_order(method, state, state.round, train=False, judge=False)
     order = replace(order, centre=centre(workspace, task, state))
+    best, chosen, answers = None, [], None
     for _ in range(policy.failures):
-        chosen = fleet.names(policy.min_clients, max(until - clock(), 0.0))
+        names = fleet.names(policy.min_clients, max(until - clock(), 0.0))
         asked = Survey(order, len(task.classes), policy.max_examples)
         with hooks.asking():
-            answers = _collect(fleet, order, chosen, policy, hooks, clock, asked.add)
-        if answers.counts and len(chosen) >= policy.min_clients:
+            found = _collect(fleet, order, names, policy, hooks, clock, asked.add)
+        if best is None or len(asked.clients) > len(best.clients):
+            best, chosen, answers = asked, names, found
+        if found.counts and (len(names) >= policy.min_clients or clock() >= until):
             break
-    if len(asked.clients) < len(chosen):
-        kept = sorted(set(answers.accepted) - set(asked.clients))
+    assert best is not None
+    assert answers is not None
+    if len(best.clients) < max(len(chosen), policy.min_clients):
+        kept = sorted(set(answers.accepted) - set(best.clients))
         log.warning(
             "round %d: class statistics of %d of %d sites; missing: %s; kept to themselves: %s", state.round,
-            len(asked.clients), len(chosen), ", ".join(answers.missing) or "nobody", ", ".join(kept) or "nobody"
+            len(best.clients), len(chosen), ", ".join(answers.missing) or "nobody", ", ".join(kept) or "nobody"
         )  # fmt: skip
-    return with_head(state, asked.head())
+    return with_head(state, best.head())
 
 
 def final_judgement(

@@ -4,9 +4,11 @@ While a round's replies are folded, the parts that it began with are needed no m
 the server holds the running sum and the reply in hand, and nothing else that is as large as the model.
 """
 
+import errno
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +18,8 @@ from common import heap
 from common.codec import CODED
 from common.config import FederationConfig
 from common.messages import Order
+
+log = logging.getLogger(__name__)
 
 LARGE = 256 << 20  # bytes; writing and reading fewer is not worth what it saves
 
@@ -40,10 +44,15 @@ def spilled(tensors: Sequence[Tensor], folder: Path, ready: Callable[[], None] =
         return
     ready()
     layouts = [(t.shape, t.stride()) for t in here]
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for t in here:
-            file.write(_bytes(t.detach().contiguous()))
-        file.flush()
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+            for t in here:
+                _all(file.write, _bytes(t.detach().contiguous()))
+        except OSError as error:
+            log.warning("%s: the model of this round stays in memory (%s)", folder, error.strerror)
+            yield
+            return
         for t in here:
             t.data = t.new_empty(0)
         heap.trim()
@@ -53,9 +62,17 @@ def spilled(tensors: Sequence[Tensor], folder: Path, ready: Callable[[], None] =
             file.seek(0)
             for t, (shape, stride) in zip(here, layouts, strict=True):
                 values = t.new_empty(shape)
-                if file.readinto(_bytes(values)) != values.nbytes:
-                    raise OSError(f"{folder}: the model of this round cannot be read back")
+                _all(file.readinto, _bytes(values))
                 t.data = values if values.stride() == stride else t.new_empty_strided(shape, stride).copy_(values)
+
+
+def _all(move: Callable[[memoryview], int | None], view: memoryview) -> None:
+    """The system moves at most 2 GB at a time."""
+    while len(view):
+        moved = move(view)
+        if not moved:
+            raise OSError(errno.EIO, "a file of a model is shorter than it was")
+        view = view[moved:]
 
 
 def _bytes(t: Tensor) -> memoryview:

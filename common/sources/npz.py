@@ -95,8 +95,8 @@ def read(path: Path, empty: bool = False, labelled: bool = True) -> File:
         raise UserError(f"{path}: labels are {labels.dtype} {labels.shape}: save one whole number for every image")
     classes = tuple(map(str, arrays["classes"].tolist())) if "classes" in arrays else ()
     classes = classes or tuple(map(str, range(max(int(labels.max(initial=0)) + 1, 1))))
-    if len(set(classes)) < len(classes):
-        raise UserError(f"{path}: two classes have one name: name every class once in the array 'classes'")
+    if len(set(classes)) < len(classes) or not all(classes):
+        raise UserError(f"{path}: two classes have one name, or one has none: name every class in the array 'classes'")
     bad = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(bad):
         raise UserError(

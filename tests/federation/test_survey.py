@@ -186,8 +186,31 @@ def test_a_survey_with_too_few_sites_holds_up_the_run_no_longer_than_a_round_wit
     state = rounds.survey(
         Lacking(there), config.method, federation.task, state, federation.net, policy, rounds.Hooks(), lambda: now
     )
-    assert waits == [patience, 0.0, 0.0]
+    assert waits == [patience]
     assert same(state, pooled(federation, ["site-000", "site-002"]))
+
+
+def test_of_several_tries_the_best_is_used_and_what_is_lacking_is_said(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = [["site-000"], ["site-000", "site-002"], []]
+
+    class Leaving(LocalFleet):
+        def names(self, at_least: int, wait: float) -> list[str]:
+            del at_least, wait
+            return there.pop(0)
+
+    config = federation.task.config
+    policy = replace(config.federation, min_clients=3)
+    state = config.method.init(federation.net, federation.task)
+    fleet = Leaving({name: site.handle for name, site in federation.sites.items()})
+    now = iter(range(1000))  # it never gets late
+    late = rounds.survey(
+        fleet, config.method, federation.task, state, federation.net, policy, rounds.Hooks(), lambda: next(now) / 1e6
+    )
+    assert there == []
+    assert same(late, pooled(federation, ["site-000", "site-002"]))
+    assert "class statistics of 2 of 2 sites" in caplog.text
 
 
 def test_without_any_statistics_there_is_no_such_predictor(federation: Federation) -> None:

@@ -57,7 +57,9 @@ def test_they_come_back_when_what_was_done_meanwhile_fails(tmp_path: Path) -> No
     assert digest(held) == before
 
 
-def test_a_disk_that_is_full_costs_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     held = tensors()
     before = digest(held)
     real = spill._bytes
@@ -68,8 +70,26 @@ def test_a_disk_that_is_full_costs_no_value(tmp_path: Path, monkeypatch: pytest.
         return real(t)
 
     monkeypatch.setattr(spill, "_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
-        within(held, tmp_path)
+    with spilled(list(held.values()), tmp_path):
+        assert digest(held) == before
+    assert digest(held) == before
+    assert "stays in memory (No space left on device)" in caplog.text
+    with spilled(list(held.values()), tmp_path / "nowhere"):
+        assert digest(held) == before
+
+
+def test_nothing_is_taken_away_before_it_is_said_to_be_ready(tmp_path: Path) -> None:
+    held = tensors()
+    before, seen = digest(held), []
+    with spilled(list(held.values()), tmp_path, ready=lambda: seen.append(digest(held))):
+        pass
+    assert seen == [before]
+
+    def failed() -> None:
+        raise KeyError("the checkpoint")
+
+    with pytest.raises(KeyError, match="the checkpoint"), spilled(list(held.values()), tmp_path, ready=failed):
+        pass
     assert digest(held) == before
 
 
