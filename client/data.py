@@ -42,11 +42,14 @@ class _Record:
         files.write(path, json.dumps({"made": self.made, "train": self.train, "test": self.test}, indent=0))
 
 
-def load(path: Path, test: Path | None, classes: tuple[str, ...], name: str, record: Path) -> SiteData:
-    """The images at `path` of the site `name`, divided as `record` says, which is written when there is none."""
+def load(
+    path: Path, test: Path | None, classes: tuple[str, ...], name: str, record: Path, anew: str = "--state"
+) -> SiteData:
+    """The images at `path` of the site `name`, divided as `record` says, which is written when there is none; `anew` is
+    the option by which there is another record."""
     everything, own = gather(path, classes, test)
-    before = _read(record)
-    _same_kind(before, own, record)
+    before = _read(record, anew)
+    _same_kind(before, own, record, anew)
     notes: list[str] = []
     if own is None:
         drawn = before.test if before else _draw(everything.names, everything.labels, name)
@@ -83,7 +86,7 @@ def _draw(names: Sequence[str], labels: Tensor, site: str) -> tuple[str, ...]:
     return tuple(once[i] for i in held.tolist())
 
 
-def _same_kind(before: _Record | None, own: Holding | None, record: Path) -> None:
+def _same_kind(before: _Record | None, own: Holding | None, record: Path, anew: str) -> None:
     if before is None or before.made == (DRAWN if own is None else OWN):
         return
     if own is None:
@@ -92,7 +95,7 @@ def _same_kind(before: _Record | None, own: Holding | None, record: Path) -> Non
         )
     raise UserError(
         f"{record}: this site judges by images drawn from its data, and has trained on others: take its test set away, "
-        "or start anew with another --state"
+        f"or start anew with another {anew}"
     )
 
 
@@ -122,7 +125,7 @@ def _changes(before: _Record, now: _Record, judged: Holding) -> list[str]:
     ]
 
 
-def _read(path: Path) -> _Record | None:
+def _read(path: Path, anew: str) -> _Record | None:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -136,6 +139,6 @@ def _read(path: Path) -> _Record | None:
             if made in (OWN, DRAWN) and all(isinstance(name, str) for name in [*train, *test]):
                 return _Record(made, tuple(train), tuple(test))
     raise UserError(
-        f"{path}: is damaged: bring it back from a backup, or start anew with another --state (test images are drawn "
+        f"{path}: is damaged: bring it back from a backup, or start anew with another {anew} (test images are drawn "
         "again then, and the personal model knows some of them)"
     )

@@ -2,7 +2,8 @@
 
 A safetensors file with the tensors `backbone.*` and `head.*`. Its metadata name the architecture, the classes, how an
 image becomes numbers, and the classes the model is meant for: all of them for a generic model, for a personal one those
-of its site. The backbone may be left to another file, `generic.safetensors` beside it or one folder above.
+of its site. The backbone may be left to another file, `generic.safetensors` beside it or one folder above; its digest
+tells whether it is that one. A file comes from anywhere: what does not fit together is a UserError.
 """
 
 import json
@@ -60,7 +61,7 @@ def save(path: Path, model: Model, durable: bool = True, shared: bool = False) -
         "round": str(model.round),
         "predictor": model.predictor,
         "site": model.site,
-        "backbone": GENERIC if shared else OWN,
+        "backbone": parts.digest(parts.prefixed("backbone", model.backbone)) if shared else OWN,
         "trained_classes": json.dumps([classes[c] for c in model.meant.nonzero().flatten()]),
     }
     parts.save(path, tensors, about, durable=durable)
@@ -74,15 +75,17 @@ def load(path: Path, device: torch.device | str = "cpu") -> Model:
         images = build(ImagesConfig, section({**json.loads(about["images"]), "classes": classes}, "images"), "images.")
         architecture = build(ModelConfig, section(json.loads(about["model"]), "model"), "model.")
         number = int(about["round"])
-        backbone = models.build(architecture, images.channels, images.size)
+        backbone = models.build(replace(architecture, weights=""), images.channels, images.size)
         parts.load(parts.tensors(backbone), _backbone(path, tensors, about["backbone"]))
         head = _head(_under("head", tensors))
-    except (KeyError, ValueError, TypeError, UsageError) as error:
+        support = torch.tensor([name in meant for name in classes])
+        if not support.any() or head(torch.zeros(1, backbone.feature_dim)).shape != (1, len(classes)):
+            raise ValueError("its head is not one of its classes and features")
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, UsageError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: is no model of this version of fedloge ({reason})") from None
     for module in (backbone, head):
         module.to(device).eval().requires_grad_(False)
-    support = torch.tensor([name in meant for name in classes])
     return Model(architecture, images, backbone, head, about["predictor"], number, support, about["site"])
 
 
@@ -90,10 +93,11 @@ def _backbone(path: Path, tensors: Tensors, where: str) -> Tensors:
     if where == OWN:
         return _under("backbone", tensors)
     places: Sequence[Path] = [folder / GENERIC for folder in (path.parent, path.parent.parent)]
-    for place in places:
-        if place.exists():
-            return _under("backbone", parts.read(place)[0])
-    raise UserError(f"{path}: its backbone is that of {places[0]}, which is not there: bring it back")
+    for place in filter(Path.exists, places):
+        found = {name: t for name, t in parts.read(place)[0].items() if name.startswith("backbone.")}
+        if parts.digest(found) == where:
+            return _under("backbone", found)
+    raise UserError(f"{path}: its backbone is that of another {places[0]} than is there: bring that back")
 
 
 def _head(t: Tensors) -> nn.Module:

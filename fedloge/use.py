@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
@@ -25,6 +26,7 @@ from common.methods.method import Predictor, fitted
 from common.model_file import Model
 from common.net import best_device
 from common.seeds import generator
+from common.sources.files import seen
 from fedloge.table import aligned, percent
 
 BATCH = 250
@@ -117,8 +119,10 @@ def personalize(options: argparse.Namespace) -> None:
         raise UserError(f"{options.model}: is the personal model of {model.site} already: name a generic one")
     if not isinstance(model.head, nn.Linear):
         raise UserError(f"{options.model}: its head ({model.predictor}) is not linear and takes no class frequencies")
-    name = options.out.stem
-    found = data.load(options.data, options.test, model.images.classes, name, options.out.with_suffix(".splits.json"))
+    if options.out.resolve() == options.model.resolve():
+        raise UsageError(f"--out {options.out}: is the generic model itself: name another file")
+    name, record = options.out.stem, options.out.with_suffix(".splits.json")
+    found = data.load(options.data, options.test, model.images.classes, name, record, anew="--out")
     images = found.train.images(model.images, training=True)
     head = fitted(
         model.head, model.backbone, images, torch.arange(len(images)), found.counts.to(device), device, BATCH, "fp32",
@@ -141,11 +145,18 @@ def export(options: argparse.Namespace) -> None:
     if write is None:
         raise UsageError(f"--out {options.out}: is neither .onnx nor .pt2: name one of them")
     size, channels = model.images.size, model.images.channels
-    about = {"classes": json.dumps(model.images.classes), "predictor": model.predictor, "round": str(model.round)}
+    share = seen(model.images.augment, size)
+    about = {
+        "classes": json.dumps(model.images.classes),
+        "predictor": model.predictor,
+        "round": str(model.round),
+        "square": f"{share:g}",
+    }
     write(options.out, Exported(model).eval(), about)
     print(
         f"{options.out}: pixels uint8 (n, {size}, {size}, {channels}) -> probabilities float32 (n, {len(model.meant)})"
     )
+    print(f"pixels are the middle square, {share:g} of the shorter side, brought to {size} x {size}")
 
 
 class Exported(nn.Module):
@@ -220,8 +231,16 @@ def _figures(found: dict[str, Any]) -> str:
 
 @contextmanager
 def _opened(path: Path | None) -> Iterator[TextIO]:
+    """The terminal; or a file that appears under its name once it is whole. Names of files need not be UTF-8."""
     if path is None:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")
         yield sys.stdout
         return
-    with path.open("w", encoding="utf-8", newline="") as file:
-        yield file
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="", errors="surrogateescape") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

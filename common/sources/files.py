@@ -37,6 +37,7 @@ ZOOM = 7 / 8  # part of an image seen without augmentation by a model trained on
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 
 Row = Sequence[float]
+AnyAugment = Augment | Literal["resized-crop"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ class FileImages:
         self.listing, self.labels, self.classes, self.side, self.config = listing, labels, classes, side, config
         self.mean, self.std = mean, std
         self.groups = None if listing.groups is None else tuple(listing.groups)
-        auto: Augment | Literal["resized-crop"] = "crop-flip" if side <= 64 else "resized-crop"
-        self.augment = auto if config.augment == "auto" else config.augment
+        self.augment = kind_of(config.augment, side)
         self.pad = max(1, side // 8)
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class FileImages:
 
     def _decode(self, index: list[int], rows: list[Row] | None, ahead: int) -> Generator[NDArray[np.uint8], None, None]:
         """The images of `index` in order, about `ahead` of them before they are asked for."""
-        zoom, exact = ZOOM if self.augment == "resized-crop" else 1.0, not self.config.size
+        zoom, exact = seen(self.augment, self.side), not self.config.size
 
         def one(position: int) -> NDArray[np.uint8]:
             row = None if rows is None else rows[position]
@@ -159,6 +159,18 @@ class FileImages:
                     yield waiting.popleft().result()
             finally:  # a pass left early, or a file that cannot be read
                 pool.shutdown(cancel_futures=True)
+
+
+def kind_of(augment: AnyAugment | Literal["auto"], side: int) -> AnyAugment:
+    """What `auto` is for files."""
+    if augment != "auto":
+        return augment
+    return "crop-flip" if side <= 64 else "resized-crop"
+
+
+def seen(augment: AnyAugment | Literal["auto"], side: int) -> float:
+    """The side of the middle square that a model sees of an image as it is, as a share of the image's shorter side."""
+    return ZOOM if kind_of(augment, side) == "resized-crop" else 1.0
 
 
 def decode(path: str, side: int, row: Row | None = None, zoom: float = 1.0, exact: bool = False) -> NDArray[np.uint8]:

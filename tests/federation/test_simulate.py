@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from client.train import Diverged
-from common import parts
+from common import model_file, parts
 from common.config import Config, parse
 from common.errors import UserError
 from common.parts import digest
@@ -413,3 +414,18 @@ def test_the_blocker_of_these_processes_blocks(environment: dict[str, str]) -> N
         [sys.executable, "-c", "import flwr"], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stderr.endswith("ModuleNotFoundError: No module named 'flwr'\n")
+
+
+def test_images_of_any_number_of_channels_end_in_a_model(tmp_path: Path) -> None:
+    """Multispectral ones, for example: a real federation takes none, a simulation does."""
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 8, 8, 4), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=pixels, labels=np.arange(40) % 2)
+    table = {
+        "data": {"source": "npz", "path": str(tmp_path / "x.npz")},
+        "partition": {"clients": 2},
+        "model": {"name": "mlp", "width": 8},
+        "federation": {"rounds": 1},
+        "method": {"name": "fedavg"},
+    }
+    simulate(parse(table), tmp_path / "run", lambda _: None)
+    assert model_file.load(tmp_path / "run" / "models" / "generic.safetensors").images.channels == 4

@@ -3,12 +3,14 @@
 import csv
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -31,11 +33,14 @@ PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 SIZE = 12
 
 
-def made(architecture: str = "cnn", head: str = "linear", site: str = "", channels: int = 3) -> Model:
+def made(
+    architecture: str = "cnn", head: str = "linear", site: str = "", channels: int = 3, size: int = SIZE,
+    augment: Any = "none",
+) -> Model:  # fmt: skip
     torch.manual_seed(1)
-    wish = ImagesConfig(pictures.CLASSES, SIZE, channels, (0.4,) * channels, (0.3,) * channels, "none")
+    wish = ImagesConfig(pictures.CLASSES, size, channels, (0.4,) * channels, (0.3,) * channels, augment)
     config = ModelConfig(name=architecture, width=16)
-    backbone = models.build(config, channels, SIZE).eval()
+    backbone = models.build(config, channels, size).eval()
     for name, t in backbone.named_buffers():
         if "running" in name:
             t.uniform_(0.5, 1.5)
@@ -198,6 +203,28 @@ def test_other_software_gets_the_same_probabilities(tmp_path: Path, architecture
         assert np.allclose(found, wanted.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize(("size", "share"), [(64, 1.0), (96, 0.875)])
+def test_other_software_is_told_which_square_of_an_image_it_wants(
+    place: Path, size: int, share: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = made(size=size, augment="auto")
+    model_file.save(place / "m.safetensors", model)
+    pixels = torch.randint(0, 256, (128, 160, 3), generator=torch.Generator().manual_seed(1)).byte()
+    Image.fromarray(pixels.numpy()).save(place / "x.png")
+    fedloge("export", "m.safetensors", "--out", "m.pt2")
+    assert f"the middle square, {share:g} of the shorter side, brought to {size} x {size}" in capsys.readouterr().out
+    fedloge("predict", "m.safetensors", "x.png", "--top", 3)
+    _, *said = capsys.readouterr().out.splitlines()[1].split(",")
+    about: dict[str, str] = {"about.json": ""}
+    program = torch.export.load(place / "m.pt2", extra_files=about).module()
+    edge = 128 * float(json.loads(about["about.json"])["square"])
+    box = ((160 - edge) / 2, (128 - edge) / 2, (160 + edge) / 2, (128 + edge) / 2)
+    square = Image.open(place / "x.png").resize((size, size), Image.Resampling.BILINEAR, box=box)
+    likeliest = program(torch.tensor(np.asarray(square))[None])[0].topk(3)
+    assert said[::2] == [pictures.CLASSES[c] for c in likeliest.indices]
+    assert [float(p) for p in said[1::2]] == pytest.approx(likeliest.values.tolist(), abs=2e-4)
+
+
 @pytest.mark.parametrize("head", ["linear", "etf"])
 def test_a_file_holds_all_of_a_model(tmp_path: Path, head: str) -> None:
     model = made("resnet8", head, "north")
@@ -209,12 +236,16 @@ def test_a_file_holds_all_of_a_model(tmp_path: Path, head: str) -> None:
     assert found.meant.equal(model.meant)
 
 
-def test_a_shared_backbone_is_found_beside_or_above(tmp_path: Path) -> None:
+def test_a_shared_backbone_is_found_beside_or_above_if_it_is_the_one(tmp_path: Path) -> None:
     model = made(site="north")
     (tmp_path / "personal").mkdir()
     path = tmp_path / "personal" / "north.safetensors"
     model_file.save(path, model, shared=True)
-    fails("its backbone is that of .*generic.safetensors, which is not there", "predict", path, tmp_path)
+    fails("its backbone is that of another .*generic.safetensors than is there", "predict", path, tmp_path)
+    other = made()
+    next(other.backbone.parameters()).data += 1
+    model_file.save(tmp_path / "personal" / "generic.safetensors", other)
+    fails("its backbone is that of another .*generic.safetensors than is there", "predict", path, tmp_path)
     model_file.save(tmp_path / "generic.safetensors", made())
     x = torch.randn(4, 3, SIZE, SIZE)
     assert model_file.load(path).logits(x).equal(model.logits(x))
@@ -246,6 +277,68 @@ def test_what_cannot_be_used_is_told_in_a_line(place: Path) -> None:
     content[-1] ^= 1
     (place / "broken.safetensors").write_bytes(content)
     fails("damaged", "judge", "broken.safetensors", "--data", "new-images")
+
+
+def test_a_table_is_whole_or_the_one_before(place: Path) -> None:
+    (place / "said.csv").write_text("before")
+    odd = os.fsencode(place / "new-images") + b"/M\xfcller.png"
+    shutil.copy(os.fsencode(place / "new-images" / "owl" / "0.png"), odd)
+    fedloge("predict", "generic.safetensors", "new-images", "--out", "said.csv")
+    assert b"M\xfcller.png," in (place / "said.csv").read_bytes()
+    before = (place / "said.csv").read_bytes()
+    (place / "new-images" / "z.png").write_bytes(b"no image")
+    fails("z.png: cannot be read as an image", "predict", "generic.safetensors", "new-images", "--out", "said.csv")
+    assert (place / "said.csv").read_bytes() == before
+    assert sorted(path.name for path in place.iterdir() if path.is_file()) == [
+        "generic.safetensors", "personal.safetensors", "said.csv"
+    ]  # fmt: skip
+
+
+def test_a_newcomers_options_are_those_of_this_command(place: Path) -> None:
+    own = ("personalize", "generic.safetensors", "--data", "images", "--out")
+    fails("is the generic model itself", *own, "generic.safetensors")
+    model_file.load(place / "generic.safetensors")
+    fedloge(*own, "own.safetensors")
+    (place / "both").mkdir()
+    shutil.copytree(place / "images", place / "both" / "train")
+    shutil.copytree(place / "images", place / "both" / "test")
+    fails("start anew with another --out", *own[:3], "both", "--out", "own.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": "[" * 100_000},
+        {"classes": "7"},
+        {"model": json.dumps({"name": "cnn", "width": 16, "weights": "/etc/passwd"}), "round": "x"},
+        {"model": json.dumps({"name": "cnn", "width": 17})},
+        {"images": "[]"},
+        {"trained_classes": "[]"},
+        {"classes": json.dumps(["a", "b", "c", "d"]), "trained_classes": json.dumps(["a"])},
+    ],
+)
+def test_what_a_file_says_need_not_be_true(
+    tmp_path: Path, change: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = model_file.parts.save
+    monkeypatch.setattr(
+        model_file.parts, "save", lambda path, tensors, about, **more: real(path, tensors, {**about, **change}, **more)
+    )
+    model_file.save(tmp_path / "m.safetensors", made())
+    fails("m.safetensors: is no model of this version of fedloge", "predict", tmp_path / "m.safetensors", tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"head.weight": (5, 16)}, {"head.weight": (3, 7)}, {"head.bias": (2,)}])
+def test_a_head_that_does_not_fit_is_refused(
+    tmp_path: Path, wrong: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = model_file.parts.save
+    changed = {name: torch.zeros(shape) for name, shape in wrong.items()}
+    monkeypatch.setattr(
+        model_file.parts, "save", lambda path, tensors, about, **more: real(path, {**tensors, **changed}, about, **more)
+    )
+    model_file.save(tmp_path / "m.safetensors", made())
+    fails("m.safetensors: is no model of this version of fedloge", "predict", tmp_path / "m.safetensors", tmp_path)
 
 
 @pytest.mark.parametrize("key", ["model", "images", "backbone", "trained_classes"])
