@@ -114,12 +114,13 @@ def _unlike(place: Path, names: Sequence[str], experiment: Sequence[str], kept: 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         federation = assemble(config.load(demo.DEMO, experiment), Path(scratch))
-        states = _replayed(federation, _events(place / "federation" / "run"))
+        events = _events(place / "federation" / "run")
+        states = _replayed(federation, events)
         for number, one in kept.items():
             if (wrong := _difference(one.state, states[number])) is not None:
                 yield f"round {number}: {wrong} is not what the replies of its sites come to"
                 return
-            surveyed = number == len(states) - 1 or run_folder.evaluated(federation.task.config, number)
+            surveyed = "evaluation" in events[number - 1]  # the head of others is an earlier one
             if PART in one.state.parts and surveyed and not _of_some_sites(federation, one.state):
                 yield f"round {number}: the computed head is not that of the statistics of any of the sites"
                 return
