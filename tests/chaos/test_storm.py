@@ -120,7 +120,7 @@ DOCTORED: dict[str, Change] = {
     "hidden1.bias is not what the replies of its sites come to": lambda p: otherwise(
         p, "backbone", "hidden1.bias", 1e-6
     ),
-    "head is not that of the statistics of any of the sites": lambda p: otherwise(p, "statistics", "bias", 1e-3),
+    "head is not that of the statistics of any of the sites": lambda p: otherwise(p, "statistics", "bias", 10.0),
     "has personal heads of the rounds []": lambda p: [path.unlink() for path in p.glob(HEADS)],
     "was last in round": lambda p: newest(p, HEADS).unlink(),
     "site-001 trained in the rounds": lambda p: edit(p / "sites/site-001/events.jsonl", lambda lines: lines[::-1]),
