@@ -11,6 +11,12 @@ from tests.chaos.arena import Arena
 pytestmark = pytest.mark.timeout(400)
 
 
+def waits_for_a_round(arena: Arena) -> bool:
+    """Not for sites that can take part in the survey of the one before, which is then not done."""
+    status = arena.status()
+    return status.phase == "waiting" and status.round == arena.rounds()[-1]["round"]
+
+
 def test_sites_leave_die_return_and_come_late(tmp_path: Path) -> None:
     often = ["partition.clients=4", "federation.rounds=40", "evaluation.every=1"]  # so a survey follows every round
     with Arena(tmp_path / "arena", often) as arena:
@@ -22,12 +28,12 @@ def test_sites_leave_die_return_and_come_late(tmp_path: Path) -> None:
 
         assert arena.terminate(leaves) == 1
         arena.until(lambda: arena.rounds()[-1]["sites"] == [stays, dies], "a round without the site that left")
-        arena.go_on(8, "nine rounds")
+        arena.go_on(9, "ten rounds")
 
         arena.kill(dies)
         arena.until(lambda: not arena.online(dies), "the dead site to be noticed")
-        arena.until(lambda: arena.rounds()[-1]["sites"] == [stays], "the end of the round that was open then")
-        arena.until(lambda: arena.status().phase == "waiting", "the server to wait, as one site is too few")
+        arena.until(lambda: waits_for_a_round(arena), "the server to wait, as one site is too few")
+        assert arena.rounds()[-1]["sites"] in ([stays], [stays, dies]), "it may have died in that round's survey"
 
         arena.invite("late")
         arena.join("late", data=other)
