@@ -20,7 +20,7 @@ from common.parts import Tensors
 from common.realign import linear
 
 PART = "statistics"  # of a net: the head of everybody, as its sites get it
-NOBODY = -1e9  # logit of a class that no site has
+NOBODY = -1e9  # logit of a class that no site gives statistics of
 USUAL = 0.6  # temperature that was best where it was looked for
 LOOSE = 2.0  # how much evidence it takes to depart from it: so many times its squared logarithm
 TEMPERATURES = torch.logspace(-1, 0.5, 61).tolist()
@@ -115,8 +115,12 @@ class Head:
         return {"weight": self.weight.float(), "bias": self.bias.float()}
 
 
-def solve(sums: Sums, centre: Tensor) -> Head | None:
-    """The head of all images behind `sums`; None where there are none. Classes nobody has are never its answer."""
+def solve(sums: Sums, centre: Tensor, others: Tensor | None = None) -> Head | None:
+    """The head of all images behind `sums`; None where there are none.
+
+    A class without images is never its answer, unless `others` has a row for it: the (C, d) weights of another head
+    that favours no class.
+    """
     count, images = sums.count, float(sums.count.sum())
     seen = count > 0
     if images == 0:
@@ -127,7 +131,10 @@ def solve(sums: Sums, centre: Tensor) -> Head | None:
     covariance, shrinkage = _conditioned((within + within.T) / 2, degrees, sums, images)
     weight = torch.linalg.solve(covariance, mu.T).T.contiguous()
     bias = -(weight * mu).sum(dim=1) / 2 - weight @ centre.double()
-    return Head(weight, bias.masked_fill(~seen, NOBODY), shrinkage)
+    bias = bias.masked_fill(~seen, NOBODY)
+    if others is not None and not seen.all():
+        weight, bias = _completed(weight, bias, seen, others.to(weight), sums.scatter)
+    return Head(weight, bias, shrinkage)
 
 
 def adapted(head: StatisticsHead | nn.Linear, counts: Tensor, temperature: float) -> nn.Linear:
@@ -155,6 +162,22 @@ def temperature(logits: Tensor, y: Tensor, counts: Tensor) -> float:
 def log_frequencies(counts: Tensor) -> Tensor:
     """log pi_c, finite also for classes a site has not: they are masked where it counts."""
     return torch.log(counts.double().clamp_min(0.5) / counts.sum().clamp_min(1))
+
+
+def _completed(weight: Tensor, bias: Tensor, seen: Tensor, others: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor]:
+    """With rows of the other head for classes that are not seen.
+
+    Logits of both are log p(f | c) up to what is common to all classes, but the scales differ. The scale t is that at
+    which those of the seen classes agree best over the images, and what is common is the mean over the seen classes.
+    """
+    mine, theirs = weight[seen], others[seen]
+    apart, wanted = (rows - rows.mean(dim=0) for rows in (theirs, mine))
+    size = ((apart @ scatter) * apart).sum()
+    scale = ((apart @ scatter) * wanted).sum() / size
+    if not scale > 0:  # one class is seen, or the other head has learnt nothing yet
+        return weight, bias
+    rows = scale * others + (mine - scale * theirs).mean(dim=0)
+    return torch.where(seen[:, None], weight, rows), torch.where(seen, bias, bias[seen].mean())
 
 
 def _between(count: Tensor, total: Tensor) -> Tensor:

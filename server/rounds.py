@@ -165,7 +165,11 @@ def survey(
             "round %d: class statistics of %d of %d sites; missing: %s; kept to themselves: %s", state.round,
             len(best.clients), len(chosen), ", ".join(answers.missing) or "nobody", ", ".join(kept) or "nobody"
         )  # fmt: skip
-    return with_head(state, best.head())
+    others = method.balanced_rows(state)
+    if lacking := [task.classes[c] for c in best.lacking()]:
+        outcome = "never answered" if others is None else "answered from training alone"
+        log.warning("round %d: no class statistics of %s: %s", state.round, ", ".join(lacking), outcome)
+    return with_head(state, best.head(others))
 
 
 def final_judgement(

@@ -47,9 +47,16 @@ class Survey:
         self._sums = self._sums + sums
         self.clients.append(reply.client)
 
-    def head(self) -> Tensors:
-        """The head of all that came, as the part that sites get; all zero where there is none."""
-        found = statistics.solve(self._sums, self._centre)
+    def lacking(self) -> list[int]:
+        """Classes of which nobody gave statistics, though somebody gave some."""
+        return torch.nonzero(self._sums.count == 0).flatten().tolist() if self.clients else []
+
+    def head(self, others: Tensor | None) -> Tensors:
+        """The head of all that came, as the part that sites get; all zero where there is none.
+
+        `others` answers for classes that did not come: see `solve`.
+        """
+        found = statistics.solve(self._sums, self._centre, None if others is None else others.cpu())
         if found is not None and all(t.isfinite().all() for t in found.tensors().values()):
             return found.tensors()
         if found is not None:

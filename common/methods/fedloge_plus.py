@@ -11,7 +11,8 @@ FedLoGe trains a generic and a personal head for a long tail and mends both by t
   of itself, so it counts for a quarter.
 P learns on detached features and logits, as psi and phi do in FedLoGe, whose heads diverge once features are long. Its
 loss is scaled by what the features of the batch allow, so it is stable whatever they are. Without any site's statistics
-the frame is the generic head, and the personal model the second of the two.
+the frame is the generic head, and the personal model the second of the two; where only those of some classes are
+missing, because the sites that have them left or keep their statistics, the frame answers for these.
 """
 
 from collections.abc import Sequence
@@ -66,6 +67,9 @@ class FedLoGePlus(Method):
         bound = torch.tensor(2 * (1 + train.momentum) / train.lr, device=site.device)
         given = {"prior": log_prior(site.counts), "bound": bound}
         return [Phase(("backbone", "local_head"), loss, train.epochs, given)]
+
+    def balanced_rows(self, state: ServerState) -> Tensor:
+        return state.parts["frame"]["weight"]
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
         del task

@@ -157,6 +157,11 @@ class Method(ABC):
         del sums, net
         return replace(state, parts={**state.parts, **mean})
 
+    def balanced_rows(self, state: ServerState) -> Tensor | None:  # noqa: ARG002
+        """The (C, d) weights of a head on the backbone that favours no class, if the method has one: it answers for
+        classes of which no site gives statistics."""
+        return None
+
     @abstractmethod
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
         """Predictors for everybody, from the server's parts alone; the first is the method's own result."""

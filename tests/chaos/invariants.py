@@ -152,10 +152,11 @@ def _of_some_sites(federation: Federation, state: ServerState) -> bool:
     """Whether the computed head is what the sums of some sites, or of none, come to."""
     about = centre(federation.net, federation.task, state)
     sums = [site.count(about) for site in federation.sites.values()]
+    others = federation.task.config.method.balanced_rows(state)
     for chosen in product((True, False), repeat=len(sums)):
         empty = Sums.nothing(len(federation.task.classes), len(about))
         total = sum((one for one, taken in zip(sums, chosen, strict=True) if taken), empty)
-        head = statistics.solve(total, about)
+        head = statistics.solve(total, about, others)
         wanted = {} if head is None else head.tensors()
         near = [
             torch.allclose(t, wanted.get(name, torch.zeros_like(t)), rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from common import statistics
 from common.config import Config, parse
@@ -218,6 +219,36 @@ def test_without_any_statistics_there_is_no_such_predictor(federation: Federatio
     assert "statistics" not in judge(federation, federation.task.config.method, state)["generic"]
 
 
+def test_classes_of_a_site_that_is_not_in_the_survey_are_still_answered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One site alone has two of the digits, trains them into the backbone and then keeps its statistics."""
+    plus = plan("fedloge+", partition={"clients": 4, "alpha": 0.1}, train={"epochs": 2, "batch": 8, "lr": 0.03})
+    federation = assemble(replace(plus, data=replace(plus.data, imbalance=0.05)), tmp_path / "run")
+    config = federation.task.config
+    counts = {name: site.counts for name, site in federation.sites.items()}
+    away = "site-003"
+    rest = torch.stack([c for name, c in counts.items() if name != away]).sum(dim=0)
+    own = torch.nonzero((rest == 0) & (counts[away] > 0)).flatten().tolist()
+    assert own == [0, 8]
+
+    state = config.method.init(federation.net, federation.task)
+    fleet = LocalFleet({name: site.handle for name, site in federation.sites.items()})
+    state = rounds.run(
+        fleet, config.method, state, federation.net, replace(config.federation, rounds=10), 1, rounds.Hooks()
+    )
+    others = LocalFleet({name: site.handle for name, site in federation.sites.items() if name != away})
+    state = rounds.survey(
+        others, config.method, federation.task, state, federation.net, config.federation, rounds.Hooks()
+    )
+    assert "no class statistics of 0, 8: answered from training alone" in caplog.text
+    found = judge(federation, config.method, state)
+    recall = found["generic"]["statistics"]["per_class"]
+    assert min(recall[c] for c in own) > 0.3
+    assert found["generic"]["statistics"]["top1"] > 0.8
+    assert found["personal"]["mixed"]["per_site"][away] > 0.9, "its own model knows them too"
+
+
 def test_a_head_that_no_number_can_hold_is_none(federation: Federation) -> None:
     """One image of a liar, as long as he likes: it passes as an image, and must not pass into anybody's head."""
 
@@ -240,9 +271,9 @@ def test_a_survey_that_fails_once_costs_the_mean_of_its_rows_and_nothing_else(
 ) -> None:
     asked = []
 
-    def failing(self: Survey) -> Tensors:
+    def failing(self: Survey, others: Tensor | None) -> Tensors:
         asked.append(self)
-        part = real(self)
+        part = real(self, others)
         return {name: torch.zeros_like(t) for name, t in part.items()} if len(asked) == 1 else part
 
     real = Survey.head

@@ -145,6 +145,44 @@ def test_a_class_that_nobody_has_is_never_the_answer() -> None:
     assert not (logits(found, f).argmax(dim=1) == 2).any()
 
 
+def simplex(count: int, lacks: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images of classes that are all equally far from each other, as features of a trained backbone come to be."""
+    rng = torch.Generator().manual_seed(4)
+    y = torch.randint(CLASSES, (count,), generator=rng)
+    y = y if lacks is None else y[y != lacks]
+    return 4 * (torch.eye(CLASSES, DIM) - 1 / CLASSES)[y] + torch.randn(len(y), DIM, generator=rng) + 5, y
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.2, 1.0, 50.0])
+def test_a_class_without_images_is_answered_by_another_head_on_the_same_scale(scale: float) -> None:
+    f, y = simplex(700, lacks=2)
+    others = scale * (torch.eye(CLASSES, DIM) + torch.linspace(-1, 1, DIM))  # what all rows share says nothing
+    whole = solve(sums(f, y), torch.zeros(DIM), others)
+    assert whole is not None
+    told = head(sums(f, y))
+    kept = torch.arange(CLASSES) != 2
+    assert torch.equal(whole.weight[kept], told.weight[kept])
+    assert torch.equal(whole.bias[kept], told.bias[kept])
+    unseen, truth = simplex(1000)
+    said = logits(whole, unseen).argmax(dim=1)
+    right = said == truth
+    known = head(sums(*simplex(700)))
+    best = logits(known, unseen).argmax(dim=1) == truth
+    for chosen in (truth == 2, truth != 2):
+        assert float(right[chosen].double().mean()) > float(best[chosen].double().mean()) - 0.03
+
+
+@pytest.mark.parametrize("case", ["nothing learnt", "the opposite", "one class"])
+def test_another_head_that_does_not_agree_about_the_rest_answers_nothing(case: str) -> None:
+    f, y = simplex(300, lacks=2)
+    if case == "one class":
+        y = torch.zeros_like(y)
+    scale = {"nothing learnt": 0.0, "the opposite": -1.0, "one class": 1.0}[case]
+    found = solve(sums(f, y), torch.zeros(DIM), scale * torch.eye(CLASSES, DIM))
+    assert found is not None
+    assert float(found.bias[2]) == NOBODY
+
+
 def test_a_site_adds_its_own_prior() -> None:
     f, y = images(3000)
     made = StatisticsHead(CLASSES, DIM)
