@@ -133,7 +133,7 @@ def solve(sums: Sums, centre: Tensor, others: Tensor | None = None) -> Head | No
     bias = -(weight * mu).sum(dim=1) / 2 - weight @ centre.double()
     bias = bias.masked_fill(~seen, NOBODY)
     if others is not None and not seen.all():
-        weight, bias = _completed(weight, bias, seen, others.to(weight), sums.scatter)
+        weight, bias = _completed(weight, bias, mu, seen, others.to(weight))
     return Head(weight, bias, shrinkage)
 
 
@@ -164,17 +164,20 @@ def log_frequencies(counts: Tensor) -> Tensor:
     return torch.log(counts.double().clamp_min(0.5) / counts.sum().clamp_min(1))
 
 
-def _completed(weight: Tensor, bias: Tensor, seen: Tensor, others: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor]:
+def _completed(weight: Tensor, bias: Tensor, mu: Tensor, seen: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """With rows of the other head for classes that are not seen.
 
-    Logits of both are log p(f | c) up to what is common to all classes, but the scales differ. The scale t is that at
-    which those of the seen classes agree best over the images, and what is common is the mean over the seen classes.
+    Logits of both are log p(f | c) up to what is common to all classes, but one may be surer than the other. So the
+    rows are scaled until both are equally sure of the seen classes at their means, and agree about them on average.
     """
+
+    def sureness(rows: Tensor) -> Tensor:
+        logits = mu[seen] @ rows.T  # biases fall out of the difference
+        return logits.diagonal().mean() - logits.mean()
+
     mine, theirs = weight[seen], others[seen]
-    apart, wanted = (rows - rows.mean(dim=0) for rows in (theirs, mine))
-    size = ((apart @ scatter) * apart).sum()
-    scale = ((apart @ scatter) * wanted).sum() / size
-    if not scale > 0:  # one class is seen, or the other head has learnt nothing yet
+    scale = sureness(mine) / sureness(theirs)
+    if not 0 < scale < torch.inf:  # one class is seen, or the other head has learnt nothing yet
         return weight, bias
     rows = scale * others + (mine - scale * theirs).mean(dim=0)
     return torch.where(seen[:, None], weight, rows), torch.where(seen, bias, bias[seen].mean())

@@ -22,6 +22,7 @@ from common.methods.method import Method, ServerState
 from common.net import Net, Task
 from common.parts import label
 from common.seeds import generator
+from common.statistics import PART
 from server.fleet import Failure, Fleet
 from server.fold import Fold, Refused
 from server.survey import Survey, centre, with_head
@@ -150,7 +151,7 @@ def survey(
     best, chosen, answers = None, [], None
     for _ in range(policy.failures):
         names = fleet.names(policy.min_clients, max(until - clock(), 0.0))
-        asked = Survey(order, len(task.classes), policy.max_examples)
+        asked = Survey(order, task.classes, policy.max_examples)
         with hooks.asking():
             found = _collect(fleet, order, names, policy, hooks, clock, asked.add)
         if best is None or len(asked.clients) > len(best.clients):
@@ -160,16 +161,12 @@ def survey(
     assert best is not None
     assert answers is not None
     if len(best.clients) < max(len(chosen), policy.min_clients):
-        kept = sorted(set(answers.accepted) - set(best.clients))
         log.warning(
             "round %d: class statistics of %d of %d sites; missing: %s; kept to themselves: %s", state.round,
-            len(best.clients), len(chosen), ", ".join(answers.missing) or "nobody", ", ".join(kept) or "nobody"
+            len(best.clients), len(chosen), ", ".join(answers.missing) or "nobody",
+            ", ".join(sorted(best.kept)) or "nobody"
         )  # fmt: skip
-    others = method.balanced_rows(state)
-    if lacking := [task.classes[c] for c in best.lacking()]:
-        outcome = "never answered" if others is None else "answered from training alone"
-        log.warning("round %d: no class statistics of %s: %s", state.round, ", ".join(lacking), outcome)
-    return with_head(state, best.head(others))
+    return with_head(state, best.head(state.parts.get(PART), method.balanced_rows(state)))
 
 
 def final_judgement(

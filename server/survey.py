@@ -1,6 +1,7 @@
 """The class statistics of all sites for one model, and the head that follows from them."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from common.messages import SCHEMA, Order, Reply
 from common.methods.method import Method, ServerState
 from common.net import Net, Task
 from common.parts import Manifest, Tensors
-from common.statistics import PART, Sums
+from common.statistics import NOBODY, PART, Sums
 from server.fold import Refused
 
 log = logging.getLogger(__name__)
@@ -20,15 +21,17 @@ log = logging.getLogger(__name__)
 class Survey:
     """The sum of what sites answer to `order`. A site that keeps its statistics to itself sends none."""
 
-    def __init__(self, order: Order, classes: int, max_examples: int) -> None:
+    def __init__(self, order: Order, classes: Sequence[str], max_examples: int) -> None:
         assert order.centre is not None
         self._order = order
+        self._classes = classes
         self._centre = order.centre.cpu()
-        shapes = statistics.shapes(classes, len(order.centre))
+        shapes = statistics.shapes(len(classes), len(order.centre))
         self._manifest = Manifest(tuple((name, shape, "float64") for name, shape in sorted(shapes.items())))
-        self._sums = Sums.nothing(classes, len(order.centre))
+        self._sums = Sums.nothing(len(classes), len(order.centre))
         self._max_examples = max_examples
         self.clients: list[str] = []
+        self.kept: list[str] = []  # clients that keep theirs
 
     def add(self, reply: Reply) -> None:
         """Check `reply` and add it, or raise `Refused` and leave everything as it was."""
@@ -38,6 +41,7 @@ class Survey:
         if not 0 < reply.examples <= self._max_examples:
             raise Refused(f"{reply.examples} examples are not between 1 and {self._max_examples}")
         if not reply.sums:
+            self.kept.append(reply.client)
             return
         if reply.shared or Manifest.of(reply.sums) != self._manifest:
             raise Refused("what it sends are no class statistics")
@@ -47,21 +51,36 @@ class Survey:
         self._sums = self._sums + sums
         self.clients.append(reply.client)
 
-    def lacking(self) -> list[int]:
-        """Classes of which nobody gave statistics, though somebody gave some."""
-        return torch.nonzero(self._sums.count == 0).flatten().tolist() if self.clients else []
-
-    def head(self, others: Tensor | None) -> Tensors:
+    def head(self, before: Tensors | None, others: Tensor | None) -> Tensors:
         """The head of all that came, as the part that sites get; all zero where there is none.
 
-        `others` answers for classes that did not come: see `solve`.
+        A class that did not come may have been trained all the same, by a site that has left since the head `before`
+        or that keeps its statistics to itself. Then `others` answers for it, where the method has such rows (see
+        `solve`); a class that nobody ever had is never the answer.
         """
         found = statistics.solve(self._sums, self._centre, None if others is None else others.cpu())
-        if found is not None and all(t.isfinite().all() for t in found.tensors().values()):
-            return found.tensors()
-        if found is not None:
-            log.warning("the head computed from the class statistics is not finite: there is none for this model")
-        return {"weight": torch.zeros_like(self._sums.total).float(), "bias": torch.zeros(len(self._sums.count))}
+        if found is None or not all(t.isfinite().all() for t in found.tensors().values()):
+            if found is not None:
+                log.warning("the head computed from the class statistics is not finite: there is none for this model")
+            return {"weight": torch.zeros_like(self._sums.total).float(), "bias": torch.zeros(len(self._sums.count))}
+        head = found.tensors()
+        if not self.kept:
+            head["bias"][(self._sums.count == 0) & ~_known(before, len(self._classes))] = NOBODY
+        for outcome, which in (
+            ("are never the answer", head["bias"] == NOBODY),
+            ("are answered from training alone", (self._sums.count == 0) & (head["bias"] > NOBODY)),
+        ):
+            if which.any():
+                names = ", ".join(self._classes[c] for c in which.nonzero().flatten())
+                log.warning("round %d: classes without statistics that %s: %s", self._order.round, outcome, names)
+        return head
+
+
+def _known(head: Tensors | None, classes: int) -> Tensor:
+    """The classes it may answer."""
+    if head is None or not head["weight"].any():
+        return torch.zeros(classes, dtype=torch.bool)
+    return head["bias"].cpu() > NOBODY
 
 
 @torch.no_grad()

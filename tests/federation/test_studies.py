@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import geometry, newcomer, privacy, records
+from benchmarks import geometry, leaving, newcomer, privacy, records
 from common import config
 from common.config import Config
 from fedloge.federation import assemble
@@ -84,3 +84,13 @@ def test_a_newcomer_is_judged_by_what_others_have_learnt(tmp_path: Path) -> None
     }
     assert all(0 <= mean <= 1 for mean in found["means"].values())
     assert not list((tmp_path / "with" / "sites" / "site-003").glob("round-000001*"))  # it trained when all was over
+
+
+def test_the_classes_of_a_site_that_leaves_are_judged_apart(tmp_path: Path) -> None:
+    found = leaving.measure(experiment(), 1, tmp_path)
+    assert found["classes"]
+    heads = found["heads"]
+    assert heads["never answered"]["its classes"] == 0
+    assert heads["never answered"]["others"] >= heads["used"]["others"]
+    assert heads["used"]["its classes"] > 0.1
+    assert leaving.means([found, found]) == heads

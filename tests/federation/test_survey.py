@@ -219,34 +219,41 @@ def test_without_any_statistics_there_is_no_such_predictor(federation: Federatio
     assert "statistics" not in judge(federation, federation.task.config.method, state)["generic"]
 
 
-def test_classes_of_a_site_that_is_not_in_the_survey_are_still_answered(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One site alone has two of the digits, trains them into the backbone and then keeps its statistics."""
+@pytest.mark.parametrize("how", ["leaves", "keeps its statistics", "never had a part"])
+def test_classes_that_one_site_alone_has(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plus = plan("fedloge+", partition={"clients": 4, "alpha": 0.1}, train={"epochs": 2, "batch": 8, "lr": 0.03})
     federation = assemble(replace(plus, data=replace(plus.data, imbalance=0.05)), tmp_path / "run")
-    config = federation.task.config
-    counts = {name: site.counts for name, site in federation.sites.items()}
-    away = "site-003"
-    rest = torch.stack([c for name, c in counts.items() if name != away]).sum(dim=0)
-    own = torch.nonzero((rest == 0) & (counts[away] > 0)).flatten().tolist()
+    task, net, config = federation.task, federation.net, federation.task.config
+    alone = "site-003"
+    rest = {name: site for name, site in federation.sites.items() if name != alone}
+    own = [c for c in range(10) if federation.sites[alone].counts[c] and not any(s.counts[c] for s in rest.values())]
     assert own == [0, 8]
 
-    state = config.method.init(federation.net, federation.task)
-    fleet = LocalFleet({name: site.handle for name, site in federation.sites.items()})
-    state = rounds.run(
-        fleet, config.method, state, federation.net, replace(config.federation, rounds=10), 1, rounds.Hooks()
-    )
-    others = LocalFleet({name: site.handle for name, site in federation.sites.items() if name != away})
-    state = rounds.survey(
-        others, config.method, federation.task, state, federation.net, config.federation, rounds.Hooks()
-    )
-    assert "no class statistics of 0, 8: answered from training alone" in caplog.text
+    everybody = {name: site.handle for name, site in federation.sites.items()}
+    others = {name: site.handle for name, site in rest.items()}
+    keeping = {**others, alone: lambda order: replace(everybody[alone](order), sums={})}
+    first, then = {
+        "leaves": (everybody, others), "keeps its statistics": (keeping, keeping), "never had a part": (others, others)
+    }[how]  # fmt: skip
+
+    def survey(state: ServerState) -> ServerState:
+        fleet = LocalFleet(first if state.round < 10 else then)
+        return rounds.survey(fleet, config.method, task, state, net, config.federation, rounds.Hooks())
+
+    state = config.method.init(net, task)
+    for last, sites in ((5, first), (10, then)):
+        policy = replace(config.federation, rounds=last)
+        state = survey(rounds.run(LocalFleet(sites), config.method, state, net, policy, 1, rounds.Hooks()))
     found = judge(federation, config.method, state)
     recall = found["generic"]["statistics"]["per_class"]
-    assert min(recall[c] for c in own) > 0.3
-    assert found["generic"]["statistics"]["top1"] > 0.8
-    assert found["personal"]["mixed"]["per_site"][away] > 0.9, "its own model knows them too"
+    if how == "never had a part":
+        assert [recall[c] for c in own] == [0, 0]
+        assert "round 10: classes without statistics that are never the answer: 0, 8" in caplog.text
+        return
+    assert min(recall[c] for c in own) > 0.5
+    assert found["generic"]["statistics"]["top1"] > 0.85
+    assert found["personal"]["mixed"]["per_site"][alone] > 0.9, "its own model knows them too"
+    assert "round 10: classes without statistics that are answered from training alone: 0, 8" in caplog.text
 
 
 def test_a_head_that_no_number_can_hold_is_none(federation: Federation) -> None:
@@ -271,9 +278,9 @@ def test_a_survey_that_fails_once_costs_the_mean_of_its_rows_and_nothing_else(
 ) -> None:
     asked = []
 
-    def failing(self: Survey, others: Tensor | None) -> Tensors:
+    def failing(self: Survey, before: Tensors | None, others: Tensor | None) -> Tensors:
         asked.append(self)
-        part = real(self, others)
+        part = real(self, before, others)
         return {name: torch.zeros_like(t) for name, t in part.items()} if len(asked) == 1 else part
 
     real = Survey.head
