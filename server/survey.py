@@ -17,6 +17,8 @@ from server.fold import Refused
 
 log = logging.getLogger(__name__)
 
+NAMED = 20  # classes in a line of the log, at most
+
 
 class Survey:
     """The sum of what sites answer to `order`. A site that keeps its statistics to itself sends none."""
@@ -70,9 +72,10 @@ class Survey:
             ("are never the answer", head["bias"] == NOBODY),
             ("are answered from training alone", (self._sums.count == 0) & (head["bias"] > NOBODY)),
         ):
-            if which.any():
-                names = ", ".join(self._classes[c] for c in which.nonzero().flatten())
-                log.warning("round %d: classes without statistics that %s: %s", self._order.round, outcome, names)
+            names = [self._classes[c] for c in which.nonzero().flatten()]
+            if names:
+                listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+                log.warning("round %d: classes without statistics that %s: %s", self._order.round, outcome, listed)
         return head
 
 
