@@ -22,10 +22,9 @@ from common.methods.method import Method, ServerState
 from common.net import Net, Task
 from common.parts import label
 from common.seeds import generator
-from common.statistics import PART
 from server.fleet import Failure, Fleet
 from server.fold import Fold, Refused
-from server.survey import Survey, centre, with_head
+from server.survey import Survey, centre, known, with_head
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ def survey(
             len(best.clients), len(chosen), ", ".join(answers.missing) or "nobody",
             ", ".join(sorted(best.kept)) or "nobody"
         )  # fmt: skip
-    return with_head(state, best.head(state.parts.get(PART), method.balanced_rows(state)))
+    return with_head(state, best.head(known(state, len(task.classes)), method.balanced_rows(state)))
 
 
 def final_judgement(

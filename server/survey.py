@@ -17,6 +17,7 @@ from server.fold import Refused
 
 log = logging.getLogger(__name__)
 
+KNOWN = "known classes"  # in a state's extra
 NAMED = 20  # classes in a line of the log, at most
 
 
@@ -53,12 +54,12 @@ class Survey:
         self._sums = self._sums + sums
         self.clients.append(reply.client)
 
-    def head(self, before: Tensors | None, others: Tensor | None) -> Tensors:
+    def head(self, known: Tensor, others: Tensor | None) -> Tensors:
         """The head of all that came, as the part that sites get; all zero where there is none.
 
-        A class that did not come may have been trained all the same, by a site that has left since the head `before`
-        or that keeps its statistics to itself. Then `others` answers for it, where the method has such rows (see
-        `solve`); a class that nobody ever had is never the answer.
+        A class that did not come may have been trained all the same: it is `known` of an earlier survey, or a site
+        keeps its statistics to itself. Then `others` answers for it, where the method has such rows (see `solve`); a
+        class that nobody ever had is never the answer.
         """
         found = statistics.solve(self._sums, self._centre, None if others is None else others.cpu())
         if found is None or not all(t.isfinite().all() for t in found.tensors().values()):
@@ -67,7 +68,7 @@ class Survey:
             return {"weight": torch.zeros_like(self._sums.total).float(), "bias": torch.zeros(len(self._sums.count))}
         head = found.tensors()
         if not self.kept:
-            head["bias"][(self._sums.count == 0) & ~_known(before, len(self._classes))] = NOBODY
+            head["bias"][(self._sums.count == 0) & ~known] = NOBODY
         for outcome, which in (
             ("are never the answer", head["bias"] == NOBODY),
             ("are answered from training alone", (self._sums.count == 0) & (head["bias"] > NOBODY)),
@@ -79,11 +80,9 @@ class Survey:
         return head
 
 
-def _known(head: Tensors | None, classes: int) -> Tensor:
-    """The classes it may answer."""
-    if head is None or not head["weight"].any():
-        return torch.zeros(classes, dtype=torch.bool)
-    return head["bias"].cpu() > NOBODY
+def known(state: ServerState, classes: int) -> Tensor:
+    """Classes that some computed head so far could answer; a survey that brought nothing takes none away."""
+    return state.extra.get(KNOWN, torch.zeros(classes, dtype=torch.bool)).cpu()
 
 
 @torch.no_grad()
@@ -98,7 +97,12 @@ def centre(net: Net, task: Task, state: ServerState) -> Tensor:
 
 def with_head(state: ServerState, head: Tensors) -> ServerState:
     device = next(t.device for group in state.parts.values() for t in group.values())
-    return replace(state, parts={**state.parts, PART: {name: t.to(device) for name, t in head.items()}})
+    answers = (head["bias"] > NOBODY) & head["weight"].any()
+    return replace(
+        state,
+        parts={**state.parts, PART: {name: t.to(device) for name, t in head.items()}},
+        extra={**state.extra, KNOWN: known(state, len(answers)) | answers.cpu()},
+    )
 
 
 def unsurveyed(method: Method, task: Task, state: ServerState) -> bool:

@@ -219,7 +219,7 @@ def test_without_any_statistics_there_is_no_such_predictor(federation: Federatio
     assert "statistics" not in judge(federation, federation.task.config.method, state)["generic"]
 
 
-@pytest.mark.parametrize("how", ["leaves", "keeps its statistics", "never had a part"])
+@pytest.mark.parametrize("how", ["leaves", "leaves, and a survey fails", "keeps its statistics", "never had a part"])
 def test_classes_that_one_site_alone_has(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plus = plan("fedloge+", partition={"clients": 4, "alpha": 0.1}, train={"epochs": 2, "batch": 8, "lr": 0.03})
     federation = assemble(replace(plus, data=replace(plus.data, imbalance=0.05)), tmp_path / "run")
@@ -233,8 +233,11 @@ def test_classes_that_one_site_alone_has(how: str, tmp_path: Path, caplog: pytes
     others = {name: site.handle for name, site in rest.items()}
     keeping = {**others, alone: lambda order: replace(everybody[alone](order), sums={})}
     first, then = {
-        "leaves": (everybody, others), "keeps its statistics": (keeping, keeping), "never had a part": (others, others)
-    }[how]  # fmt: skip
+        "leaves": (everybody, others),
+        "leaves, and a survey fails": (everybody, others),
+        "keeps its statistics": (keeping, keeping),
+        "never had a part": (others, others),
+    }[how]
 
     def survey(state: ServerState) -> ServerState:
         fleet = LocalFleet(first if state.round < 10 else then)
@@ -244,6 +247,9 @@ def test_classes_that_one_site_alone_has(how: str, tmp_path: Path, caplog: pytes
     for last, sites in ((5, first), (10, then)):
         policy = replace(config.federation, rounds=last)
         state = survey(rounds.run(LocalFleet(sites), config.method, state, net, policy, 1, rounds.Hooks()))
+        if "fails" in how and last == 5:
+            state = rounds.survey(LocalFleet({}), config.method, task, state, net, config.federation, rounds.Hooks())
+            assert not state.parts[PART]["weight"].any()
     found = judge(federation, config.method, state)
     recall = found["generic"]["statistics"]["per_class"]
     if how == "never had a part":
@@ -278,9 +284,9 @@ def test_a_survey_that_fails_once_costs_the_mean_of_its_rows_and_nothing_else(
 ) -> None:
     asked = []
 
-    def failing(self: Survey, before: Tensors | None, others: Tensor | None) -> Tensors:
+    def failing(self: Survey, known: Tensor, others: Tensor | None) -> Tensors:
         asked.append(self)
-        part = real(self, before, others)
+        part = real(self, known, others)
         return {name: torch.zeros_like(t) for name, t in part.items()} if len(asked) == 1 else part
 
     real = Survey.head
