@@ -260,7 +260,7 @@ def test_a_client_that_comes_back_while_another_has_its_place(
     kit = link.kit(f"twin-{how}")
     monkeypatch.setattr("client.membership.ALIVE", 1.0)
     with site(kit, tmp_path / "old") as old:
-        until(lambda: link.online(kit), "the site to be online")
+        until(lambda: "connected to" in old.said(), "the site to know its place")
         old.process.send_signal(how)
         old.process.wait(30)
     until(lambda: not link.online(kit), "the server to know that it is gone")
