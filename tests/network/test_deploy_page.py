@@ -6,13 +6,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import pictures
+from tests.network.superlink import until
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "deploy.md"
@@ -23,18 +23,6 @@ AT_SITE = ("join", "client")
 def commands() -> list[list[str]]:
     blocks = re.findall(r"^```sh deploy\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
-
-
-def listens(port: int) -> None:
-    """A reader takes longer to get to the next command than a server to start; a test does not."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError("the server does not listen")
 
 
 @pytest.fixture
@@ -73,7 +61,8 @@ def test_two_machines(tmp_path: Path, running: dict[str, "subprocess.Popen[str]"
             with (tmp_path / f"{verb}.log").open("w") as log:
                 running[verb] = subprocess.Popen(command, cwd=where, stdout=log, stderr=log, text=True)
             if verb == "server":
-                listens(port)
+                # a reader takes longer to get to the next command than a server to start
+                until((operator / "study" / "run" / "status.json").exists, "the server to know its sites", 120)
             continue
         done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{verb}: {done.stdout}{done.stderr}"

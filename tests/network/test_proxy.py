@@ -69,7 +69,7 @@ def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with Study(place / "place", {**SETTINGS, "server.listen": free_port()}, SITES) as made:
         start(made, configured(SAMPLES / f"{request.param}.conf", made, place))
         made.serve("--json")
-        until((made.run / "link.json").exists, "the server to be open")
+        until(made.status, "the server to know its sites")
         yield made
 
 
