@@ -1,8 +1,8 @@
 """A site in a process of its own, to be killed by tests: `python -m tests.network.site_process KIT FOLDER [FAULT]`.
 
 Its app echoes what it gets. A message that says `wait` is never answered; one that says `fail` raises. FAULT is where
-the process kills itself while it replies, `clock` for one that is ten minutes ahead, or `heart` for a heartbeat
-that breaks.
+the process kills itself while it replies, `clock` for one that is ten minutes ahead, `heart` for a heartbeat that
+breaks, or `held` for one that has no fault but waits for a line of its input before it does anything.
 """
 
 import json
@@ -84,7 +84,7 @@ def break_(fault: str) -> None:
     elif fault == "heart":
         membership.BEAT = 0.1
         FleetApi.heartbeat = lambda api: api.nonsense  # type: ignore[method-assign,attr-defined]
-    elif fault:
+    elif fault not in ("", "held"):
         FleetApi.announce = announced  # type: ignore[method-assign]
 
 
@@ -95,6 +95,10 @@ def interrupt(*_: object) -> NoReturn:
 def main(kit: str, folder: str, fault: str = "") -> None:
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(message)s")
     signal.signal(signal.SIGTERM, interrupt)
+    if fault == "held":
+        print("held", flush=True)
+        if not sys.stdin.readline():
+            return
     break_(fault)
     table = json.loads(kit)
     made = SiteKit(**{**table, "ca": table["ca"].encode(), "key": table["key"].encode()})

@@ -47,7 +47,13 @@ class Site:
         command = [sys.executable, "-m", "tests.network.site_process", json.dumps(table), str(folder), fault]
         self.log = folder.with_suffix(".log")
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=log)
+
+    def go(self) -> None:
+        """On with one that is held."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
 
     def kill(self) -> None:
         self.process.kill()
@@ -65,6 +71,14 @@ def site(kit: SiteKit, folder: Path, fault: str = "") -> Iterator[Site]:
     finally:
         made.kill()
         print(made.said())
+
+
+@contextmanager
+def next_start(kit: SiteKit, folder: Path) -> Iterator[Site]:
+    """Of a site that is about to be killed: ready to `go` before the server notices that it is gone."""
+    with site(kit, folder, "held") as made:
+        until(lambda: "held\n" in made.said(), "the next start")
+        yield made
 
 
 def message(node: int, do: str = "echo", values: np.ndarray = VALUES, kind: str = "train", ttl: float = 300) -> Message:
@@ -119,17 +133,17 @@ def test_messages_are_answered_in_one_process_until_it_is_over(link: SuperLink, 
 
 def test_a_site_killed_in_training_says_so_and_goes_on(link: SuperLink, tmp_path: Path) -> None:
     kit = link.kit("b")
-    with link.run() as grid:
+    with link.run() as grid, next_start(kit, tmp_path / "b") as second:
         with site(kit, tmp_path / "b"):
             until(lambda: link.online(kit), "the site to be online")
             node = link.node(kit).node_id
             (waiting,) = grid.push_messages([message(node, "wait")])
             until((tmp_path / "b" / "mark").exists, "the training to begin")
-        with site(kit, tmp_path / "b"):
-            lost = reply(grid, waiting)
-            assert (lost.error.code, lost.metadata.src_node_id) == (8, node), "the site says it, not the SuperLink"
-            assert echoed(ask(grid, message(node)))
-            assert link.node(kit).node_id == node
+        second.go()
+        lost = reply(grid, waiting)
+        assert (lost.error.code, lost.metadata.src_node_id) == (8, node), "the site says it, not the SuperLink"
+        assert echoed(ask(grid, message(node)))
+        assert link.node(kit).node_id == node
 
 
 def test_a_message_that_was_lost_on_its_way_is_given_up_at_once(link: SuperLink, tmp_path: Path) -> None:
@@ -145,16 +159,16 @@ def test_a_message_that_was_lost_on_its_way_is_given_up_at_once(link: SuperLink,
 @pytest.mark.parametrize("when", ["before the announcement", "after the announcement", "in the upload"])
 def test_a_site_killed_while_it_replies_finishes_that(link: SuperLink, tmp_path: Path, when: str) -> None:
     kit = link.kit("c")
-    with link.run() as grid, ThreadPoolExecutor(1) as pool:
+    with link.run() as grid, ThreadPoolExecutor(1) as pool, next_start(kit, tmp_path / "c") as second:
         with site(kit, tmp_path / "c", when) as first:
             until(lambda: link.online(kit), "the site to be online")
             node = link.node(kit).node_id
             sent = pool.submit(ask, grid, message(node, values=MANY))  # may be in the middle of pulling the reply
             assert first.process.wait(60) == -signal.SIGKILL
-        with site(kit, tmp_path / "c") as second:
-            assert echoed(sent.result(90), MANY)
-            assert sent.result().content["said"]["pid"] == first.process.pid
-            assert ask(grid, message(node)).content["said"]["pid"] == second.process.pid
+        second.go()
+        assert echoed(sent.result(90), MANY)
+        assert sent.result().content["said"]["pid"] == first.process.pid
+        assert ask(grid, message(node)).content["said"]["pid"] == second.process.pid
 
 
 def test_the_message_goes_last(link: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
