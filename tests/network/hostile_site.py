@@ -38,7 +38,7 @@ class Site:
         self.kit = open_kit(kit)
         self.api = FleetApi(self.kit)
         self.sent: list[tuple[PushMessagesRequest, RecordDict]] = []  # honestly put together, to be sent once more
-        self._done, self._away = threading.Event(), threading.Event()
+        self._done, self._beating = threading.Event(), threading.Lock()
 
     def run(self) -> None:
         self._insist(self.api.activate)
@@ -98,13 +98,13 @@ class Site:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Offline, for the server."""
-        self._away.set()
-        self.api.deactivate()
-        yield
-        self._away.clear()
-        with suppress(Taken):  # by a heartbeat that was under way
-            self.api.activate()
+        """Offline, for the server. A heartbeat after the farewell would bring the site back, as it does if this
+        fails."""
+        with self._beating:
+            self.api.deactivate()
+            yield
+            with suppress(Taken):  # by a heartbeat whose answer was not waited for any longer
+                self.api.activate()
 
     def _order(self) -> Message | None:
         pulled = self.api.pull()
@@ -125,9 +125,8 @@ class Site:
 
     def _beat(self) -> None:
         while not self._done.wait(0.2 * BEAT):  # one may get lost while the server takes in 1 GB
-            if not self._away.is_set():
-                with suppress(FleetError):
-                    self.api.heartbeat()
+            with self._beating, suppress(FleetError):
+                self.api.heartbeat()
 
     def _insist(self, call: Callable[[], None]) -> None:
         """Until the server is there."""
