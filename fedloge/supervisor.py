@@ -157,6 +157,11 @@ class Supervisor:
             self._over_since = self._over_since or time.monotonic()
         if over and (gone or time.monotonic() - (self._over_since or 0.0) > FAREWELL):
             return status
+        if gone and not run.finished:  # it may have come to its end, or to that of the SuperLink, since we asked
+            try:
+                run = self._control.look_at(self._run_id)
+            except NoLink:
+                return None  # the next look says why
         if run.finished:
             raise Failed(run.details or "the ServerApp ended too early")
         if gone:

@@ -22,9 +22,11 @@ from server import superlink
 from server.flower_link import open_link
 from server.superlink import processes
 from tests.network.standin import environment
-from tests.network.test_link import free_port, invite, until
+from tests.network.superlink import free_port
+from tests.network.test_link import invite, until
 
 FEDLOGE = [sys.executable, "-m", "fedloge"]
+pytestmark = pytest.mark.timeout(400)  # a machine that may be busy
 
 
 class Federation:
@@ -192,6 +194,24 @@ def test_a_serverapp_that_dies_before_anybody_saw_it_is_started_again(
         killing.result()
     assert done.code == 0, done.err
     assert "the ServerApp was killed: starting again after round 0" in done.err
+
+
+def test_a_superlink_that_dies_while_it_is_looked_at_is_what_died(
+    federation: Federation, fedloge: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(app: int) -> bool:  # a machine so busy that the SuperLink takes the ServerApp with it before we ask
+        if (federation.run / "hold").exists():
+            os.kill(federation.process("flower-superlink"), signal.SIGKILL)
+            until(lambda: not superlink.alive(app))
+            federation.hold(False)
+        return superlink.alive(app)
+
+    monkeypatch.setattr(supervisor, "alive", slow)
+    federation.hold(True)
+    done = fedloge("server", federation.folder, "--rounds", 2)
+    assert done.code == 0, done.err
+    assert "the SuperLink died: starting again after round 0" in done.err
+    assert "the ServerApp was killed" not in done.err
 
 
 def test_nothing_is_left_of_a_killed_server_and_the_next_one_goes_on(federation: Federation, fedloge: Here) -> None:
