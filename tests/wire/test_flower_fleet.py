@@ -90,10 +90,10 @@ class Server:
             for part, group in self.state.parts.items() if part in method.shared for name, t in group.items()
         )  # fmt: skip
 
-    def nothing_left(self) -> bool:
+    def nothing_left(self, within: float = 20.0) -> bool:
         """Nothing of what was sent either way is left at the SuperLink, which hears soon of what has ended."""
         self.fleet.names(0, 0.0)
-        state, until = self.link.state, time.monotonic() + 2.0
+        state, until = self.link.state, time.monotonic() + within
         while left := len(self.link.store) + state.num_message_ins() + state.num_message_res():
             if time.monotonic() > until:
                 break
@@ -250,6 +250,7 @@ def test_a_site_that_does_not_show_its_card_is_reported_and_asked_again(
 
     west = server.link.join("west", doing(card=show))
     assert server.fleet.names(1, 0.0) == []
+    monkeypatch.setattr(flower_fleet, "CARD_TTL", 60.0)
     assert server.fleet.names(1, 20.0) == ["west"]
     assert warnings(caplog) == ["west cannot take part: has not answered in time"]
     assert west.taken == [CARD, CARD]
@@ -449,7 +450,7 @@ def test_an_answer_after_the_deadline_is_not_taken(server: Server) -> None:
     """The SuperLink refuses it, and forgets both."""
     free = threading.Event()
     three(server.link, lambda node, message: (free.wait(), honest()(node, message))[0], honest())
-    report = server.round(min_clients=3, quorum=0.5, deadline=1.0)
+    report = server.round(min_clients=3, quorum=0.5, deadline=3.0)
     assert sorted(report.folded) == ["north", "south"]
     assert report.missing == ("west",)
     free.set()
@@ -469,7 +470,7 @@ def test_a_site_that_is_too_late_is_left_alone_until_it_has_answered(
     assert server.round(min_clients=2).folded == ("north", "south") or True
     assert nodes[2].taken == [CARD, TRAIN]
     free.set()
-    while not server.nothing_left():
+    while not server.nothing_left(0.1):
         pass
     assert caplog.text.count("an answer of west has come too late and is thrown away") == 1
     assert len(server.round(min_clients=3).folded) == 3
@@ -640,7 +641,7 @@ def test_a_reply_that_was_complete_before_its_site_went_is_taken(
 
 
 def test_a_reply_that_never_comes_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower_post, "STUCK", 0.3)
+    monkeypatch.setattr(flower_post, "STUCK", 2.0)
     three(server.link, lambda node, message: node.announce(own(node, message)).go_on(2))
     report = server.round(min_clients=3, quorum=0.5)
     assert sorted(report.folded) == ["north", "south"]
