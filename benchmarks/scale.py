@@ -13,7 +13,6 @@ import argparse
 import math
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,15 +73,16 @@ def measured(model: str, sites: int, rounds: int) -> dict[str, Any]:
         except UserError as error:
             say(str(error))
             return {**row, "failed": str(error).partition(": see ")[0]}
-    each: defaultdict[str, float] = defaultdict(float)
+    each = {}
     for name in (*SERVER, "sites"):
-        each[name] = round((spent[-1][name] - spent[0][name]) / rounds, 4)
+        figures = [found[name] for found in spent if name in found]  # the ServerApp may be gone after its last round
+        each[name] = round((figures[-1] - figures[0]) / max(len(figures) - 1, 1), 4)
     return {
         **row,
         "online_seconds": round(online, 1),
         "seconds": spread(seconds[1:]),
         "rounds_per_hour": round(3600 / statistics.median(seconds[1:]), 1),
-        "processor_seconds": dict(each),
+        "processor_seconds": each,
         "peak_megabytes": {name: round(peak, 1) for name, peak in place.peaks.items()},
     }
 

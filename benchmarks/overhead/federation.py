@@ -124,8 +124,7 @@ class Federation:
             if time.monotonic() > looked + LOOK:
                 over, looked = self.control.look_at(id).finished, time.monotonic()
             lines = out.read_text(encoding="utf-8").split("\n")[told:-1]
-            if lines:
-                self._look()
+            self._look()
             for line in lines:
                 told += 1
                 yield json.loads(line)
