@@ -115,7 +115,8 @@ class Study:
 
     def events(self) -> list[dict[str, Any]]:
         """One for every finished round."""
-        return [json.loads(line) for line in _text(self.run / "events.jsonl").splitlines()]
+        lines = _text(self.run / "events.jsonl").split("\n")[:-1]  # the last is being written
+        return [json.loads(line) for line in lines]
 
     def finish(self, child: subprocess.Popen[bytes], name: str, seconds: float = 300.0) -> None:
         """Wait until it ends, and well."""

@@ -7,6 +7,7 @@ ServerApp works with, so a test sends messages to nodes and sees what comes back
 import datetime
 import ipaddress
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -138,10 +139,12 @@ def _alternative(name: str) -> x509.GeneralName:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """Not of those that the system gives to whoever asks for any: it is still free when a server starts later."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class SuperLink:

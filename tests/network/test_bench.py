@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -13,7 +14,7 @@ from server.superlink import processes
 from tests.network.superlink import until
 
 ROOT = Path(__file__).parents[2]
-MARK = b"FEDLOGE_TEST_MARK=test_bench"
+MARK = uuid4().hex
 
 pytestmark = pytest.mark.timeout(300)  # a busy machine needs a minute to start a federation, and some tests start two
 
@@ -60,7 +61,7 @@ def test_the_model_of_the_comparison_is_a_resnet18() -> None:
 
 def bench(*words: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "fedloge", "bench", *map(str, words)]
-    environment = {**os.environ, "FEDLOGE_TEST_MARK": "test_bench"}
+    environment = {**os.environ, "FEDLOGE_TEST_MARK": MARK}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=290)
 
 
@@ -69,7 +70,7 @@ def left() -> list[str]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if MARK in (entry / "environ").read_bytes().split(b"\0"):
+            if f"FEDLOGE_TEST_MARK={MARK}".encode() in (entry / "environ").read_bytes().split(b"\0"):
                 found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:  # it has ended, or is not ours to look at
             continue
@@ -103,7 +104,7 @@ def test_rounds_without_a_dead_site_are_counted() -> None:
 
 def test_nothing_outlives_a_benchmark_that_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedloge", "bench", "idle", "--sites", "2", "--seconds", "1000"]
-    environment = {**os.environ, "FEDLOGE_TEST_MARK": "test_bench", "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "FEDLOGE_TEST_MARK": MARK, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, env=environment) as child:
         until(lambda: any("overhead.site" in program for program in left()), "sites to be started")
         child.kill()

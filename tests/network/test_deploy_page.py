@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import pictures
-from tests.network.superlink import until
+from tests.network.superlink import free_port, until
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "deploy.md"
@@ -44,9 +43,7 @@ def test_two_machines(tmp_path: Path, running: dict[str, "subprocess.Popen[str]"
     operator, site = tmp_path / "operator", tmp_path / "site"
     operator.mkdir()
     pictures.write(site / "images")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     verbs = []
     for program, verb, *rest in commands():
         assert program == ".venv/bin/fedloge"

@@ -21,8 +21,11 @@ from server import superlink
 from server.flower_link import Control, NoLink, bundle, open_link
 from server.superlink import Doors, SuperLink, processes
 from tests.network.standin import environment
+from tests.network.superlink import free_port
 
 CLASSES = 'name = "test"\n[images]\nclasses = ["cat", "dog"]\n'
+
+pytestmark = pytest.mark.timeout(400)  # a machine that may be busy
 
 
 def until(condition: Callable[[], object], seconds: float = 90.0) -> None:
@@ -30,12 +33,6 @@ def until(condition: Callable[[], object], seconds: float = 90.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def federation(folder: Path) -> Path:
@@ -153,7 +150,7 @@ def test_a_run_carries_no_code_and_starts_what_is_installed(running: Running) ->
     (run / "overrides.json").write_text('["federation.rounds=2"]')
     (run / "hold").touch()
     number = running.control.start_run({"federation": str(running.folder)})
-    until((run / "starts").exists)
+    until(lambda: (run / "starts").exists() and (run / "starts").read_text())
     assert not running.control.look_at(number).finished
     until(lambda: superlink.serverapp(run))
     assert (run / "starts").read_text() == f"{superlink.serverapp(run)}\n"
@@ -213,7 +210,10 @@ def test_what_a_killed_guard_leaves_is_ended_by_the_next_start(tmp_path: Path) -
         until(lambda: "flower-superlink" not in processes(folder / "run").values())  # the kernel's doing
         link.start()
         assert link.alive
-        assert sorted(processes(folder / "run").values())[:2] == ["flower-superexec", "flower-superlink"]
+        programs = ["flower-superexec", "flower-superlink"]
+        until(
+            lambda: sorted(processes(folder / "run").values())[:2] == programs
+        )  # doors open before the first is there
     finally:
         link.stop()
     assert processes(folder / "run") == {}

@@ -76,14 +76,15 @@ def test_units_and_a_batch_job_make_a_federation(
         monkeypatch.setenv("DATA", str(study.data / "south.npz"))
         script, requeued = ROOT / "docker" / "slurm" / "client.sbatch", Path(cluster["REQUEUED"])
         scratch = Path(cluster["TMPDIR"])
-        study.start("job", "bash", script)
-        until(study.events, "the first round")
+        job = study.start("job", "bash", script)
+        until(study.events, "the first round", 300.0)
         assert [path.name for path in scratch.glob("fedloge.*/*")] == ["south.npz"]
         (shell,) = [pid for pid, line in running(str(script)) if line.startswith("bash")]
         os.kill(shell, signal.SIGTERM)  # what `--signal=B:TERM` sends: to the script alone
-        until(requeued.exists, "the script to queue its job again")
+        until(lambda: requeued.exists() and requeued.read_text(), "the script to queue its job again")
         assert requeued.read_text() == "requeue 77\n"
         until(lambda: not running(str(script)), "the end of the job")
+        until(lambda: job.poll() is not None, "the last of what it said")
         assert "stopped; what finished rounds gave is kept" in study.said("job")
         assert list(scratch.glob("fedloge.*")) == []
 
