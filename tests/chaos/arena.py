@@ -24,7 +24,7 @@ from server import guard, status, superlink
 from server.status import Status
 
 PROC = Path("/proc")
-PATIENCE = 200.0  # seconds for anything that must happen; a start of all on a busy machine takes one
+PATIENCE = 400.0  # seconds for anything that must happen; a start of all on a busy machine takes one
 TICK = 0.05  # seconds between two looks
 CLOSELY = 0.001  # where a moment would be missed
 TAIL = 2_000  # characters of every log, when something waits in vain

@@ -13,7 +13,7 @@ from tests.chaos import disks
 from tests.chaos.arena import Arena
 from tests.chaos.disks import ReadOnly, SmallDisk
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 FULL, READ_ONLY = "No space left on device", "Read-only file system"
 
 

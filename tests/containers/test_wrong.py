@@ -45,7 +45,7 @@ def test_no_gpu_for_the_profile(project: Project) -> None:
     # a build of it would bring gigabytes that are not needed to be refused
     file.write_text(text.replace("image: fedloge-client:cuda\n", "image: fedloge-client\n"), encoding="utf-8")
     with project.up(documented("docker compose --profile gpu up --scale client=0"), SITES="1") as up:
-        assert up.wait(100) != 0
+        assert up.wait(LONG) != 0
         assert lines(project.output(), 'could not select device driver "nvidia" with capabilities: [[gpu]]')
 
 

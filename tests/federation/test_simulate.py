@@ -336,7 +336,7 @@ def test_a_key_that_is_newer_than_the_run_had_its_default() -> None:
 
 # --- real processes --------------------------------------------------------------------------------------------------
 
-LONG = {"federation": {"rounds": 16}, "data": {"largest": 0, "imbalance": 1.0}, "train": {"batch": 8},
+LONG = {"federation": {"rounds": 40}, "data": {"largest": 0, "imbalance": 1.0}, "train": {"batch": 8},
         "evaluation": {"every": 4}}  # fmt: skip
 
 
@@ -383,7 +383,7 @@ def stopped_in_round_two(command: list[str], environment: dict[str, str], how: i
     said, rounds = [], 0
     for line in child.stderr:
         said.append(line)
-        rounds += bool(re.match(r"round \d+/16 ", line))
+        rounds += bool(re.match(r"round \d+/40 ", line))
         if rounds == 2:
             child.send_signal(how)
             break
@@ -405,7 +405,7 @@ def test_killed_interrupted_and_terminated_it_goes_on_to_the_same_bits(
         assert "Traceback" not in said
     done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rounds"] == 16
+    assert json.loads(done.stdout)["rounds"] == 40
     assert remains(tmp_path / "run") == remains(whole(small(**LONG)))
 
 

@@ -27,6 +27,7 @@ from tests.network.test_reach import listening, tls
 
 Lines = list[tuple[str, str, str]]  # name, result, text
 Check = Callable[..., tuple[int, Lines]]
+pytestmark = pytest.mark.timeout(400)  # a machine that may be busy
 
 
 class Federation:

@@ -32,6 +32,8 @@ MANY = (
     np.random.default_rng(1).standard_normal(3 * 2**20).astype(np.float32)
 )  # 12 MB: chunks of 5 MB, so several objects
 
+pytestmark = pytest.mark.timeout(400)  # a machine that may be busy
+
 
 @pytest.fixture(scope="module")
 def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
@@ -293,7 +295,7 @@ def test_a_late_reply_is_not_sent(link: SuperLink, tmp_path: Path) -> None:
         with site(kit, tmp_path / "g"):
             until(lambda: link.online(kit), "the site to be online")
             node = link.node(kit).node_id
-            (waiting,) = grid.push_messages([message(node, "wait", ttl=5)])
+            (waiting,) = grid.push_messages([message(node, "wait", ttl=15)])
             until((tmp_path / "g" / "mark").exists, "the training to begin")
             assert reply(grid, waiting).has_error()
         with site(kit, tmp_path / "g") as running:
