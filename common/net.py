@@ -27,7 +27,7 @@ from common.sgd import arithmetic
 if TYPE_CHECKING:
     from common.methods.method import Method
 
-Maker = Callable[[int], nn.Module]  # feature dimension -> a freshly initialised module
+Maker = Callable[[int], nn.Module | None]  # feature dimension -> a freshly initialised module, if there is to be one
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ def build(method: "Method", task: Task) -> Net:
         makers = {**makers, statistics.PART: lambda dim: statistics.StatisticsHead(len(task.classes), dim)}
     for part, make in makers.items():
         with isolated(task.config.seed, "init", part):
-            made[part] = make(dim)
+            module = make(dim)
+        if module is not None:
+            made[part] = module
         dim = dim or int(made["backbone"].feature_dim)  # type: ignore[arg-type]
     return Net(made, norms_apart=task.config.model.norm == "local")
 
@@ -159,7 +161,9 @@ def fresh(method: "Method", task: Task, net: Net, parts: Iterable[str], client: 
     for part in parts:
         make = makers["backbone" if part == "norms" else part]  # BatchNorm's first values are not random
         with isolated(task.config.seed, "init", part, client):
-            found[part] = tensors(make(net.feature_dim), names[part])
+            module = make(net.feature_dim)
+        assert module is not None, part
+        found[part] = tensors(module, names[part])
     return found
 
 

@@ -1,11 +1,13 @@
 """FedLoGe+: what is left of FedLoGe when every ingredient has to show on the records that it helps. Our own.
 
 Shared: backbone. Fixed: frame (W; and the computed head goes to all sites). Local: local_head (P).
+With more classes than d + 1 there is no simplex for W to be; then a learned global_head is shared in its place.
 FedLoGe trains a generic and a personal head for a long tail and mends both by their norms afterwards. Here
 - the generic head is not mended but computed, from everybody's class statistics (common/statistics.py). Equal priors
   are in its formula, so a class with fifty images is on a par with one that has five thousand;
 - the frame still trains the backbone, by balanced softmax with the site's own counts, which stay there, and at a
-  temperature that suits tens of rounds (`norm`; the published .1 suits long runs of large models);
+  temperature that suits tens of rounds (`norm`; the published .1 suits long runs of large models). Where there is no
+  simplex a head that is learned by the same loss trains it better than any frame;
 - the personal model is a mean of two that err in different ways: the computed head at the site's temperature and
   prior, and the frame with the site's prior and a residual P that the site trains and keeps. The second is much surer
   of itself, so it counts for a quarter.
@@ -29,7 +31,7 @@ from common.methods.fedloge import FrameHead, solve_frame
 from common.methods.method import Method, Phase, Predictor, ServerState, Site, computed
 from common.net import Maker, Net, Task
 from common.parts import Tensors
-from common.realign import averaged, linear
+from common.realign import added, averaged, linear
 from common.statistics import log_frequencies
 
 COMPUTED = 0.75  # share of the computed head in the personal model; chosen on images put aside
@@ -38,7 +40,7 @@ COMPUTED = 0.75  # share of the computed head in the personal model; chosen on i
 @dataclass(frozen=True)
 class FedLoGePlus(Method):
     name: ClassVar[str] = "fedloge+"
-    shared: ClassVar[frozenset[str]] = frozenset({"backbone"})
+    shared: ClassVar[frozenset[str]] = frozenset({"backbone", "global_head"})
     fixed: ClassVar[frozenset[str]] = frozenset({"frame"})
     local: ClassVar[frozenset[str]] = frozenset({"local_head"})
     computed: ClassVar[bool] = True
@@ -49,41 +51,45 @@ class FedLoGePlus(Method):
         require(self.norm > 0, "method.norm", self.norm, "a number above 0")
 
     def makers(self, task: Task) -> dict[str, Maker]:
+        classes = len(task.classes)
         return {
             "backbone": lambda _: task.backbone(),
-            "frame": lambda dim: FrameHead(len(task.classes), dim),
+            "frame": lambda dim: FrameHead(classes, dim) if classes <= dim + 1 else None,
+            "global_head": lambda dim: task.head(dim) if classes > dim + 1 else None,
             "local_head": lambda dim: _nothing(task.head(dim)),
         }
 
     def init(self, net: Net, task: Task) -> ServerState:
-        solve_frame(net, replace(task.config.frame, norm=self.norm))
+        if "frame" in net.by_part:
+            solve_frame(net, replace(task.config.frame, norm=self.norm))
         return super().init(net, task)
 
     def phases(self, net: Net, site: Site) -> Sequence[Phase]:
-        del net
         train = site.task.config.train
         # Gradient descent with momentum m on a curvature h is stable for lr h < 2 (1 + m). That of the softmax is at
         # most half the largest eigenvalue of E[f f^T], which is at most E|f|^2: this stays at half of the limit.
         bound = torch.tensor(2 * (1 + train.momentum) / train.lr, device=site.device)
         given = {"prior": log_prior(site.counts), "bound": bound}
-        return [Phase(("backbone", "local_head"), loss, train.epochs, given)]
+        parts = ("backbone", "global_head", "local_head")
+        return [Phase(tuple(part for part in parts if part in net.by_part), loss, train.epochs, given)]
 
     def balanced_rows(self, state: ServerState) -> Tensor:
-        return state.parts["frame"]["weight"]
+        return state.parts["frame" if "frame" in state.parts else "global_head"]["weight"]
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
         del task
-        return {"frame": Predictor(net["backbone"], net["frame"])}
+        name, head = _balanced(net)
+        return {name: Predictor(net["backbone"], head)}
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
-        backbone, frame, residual = net["backbone"], net["frame"], net["local_head"]
-        assert isinstance(frame, FrameHead)
+        backbone, (name, balanced), residual = net["backbone"], _balanced(net), net["local_head"]
         assert isinstance(residual, nn.Linear)
-        prior = log_frequencies(site.counts).to(frame.weight)
-        trained = linear(frame.weight + residual.weight, prior + residual.bias)
+        prior = log_frequencies(site.counts).to(residual.weight)
+        with_prior = linear(balanced.weight, prior + balanced.bias if isinstance(balanced, nn.Linear) else prior)
+        trained = added(with_prior, residual)
         own = computed(net, site)
-        found = {"frame+residual": Predictor(backbone, trained), **own}
-        found["frame+prior"] = Predictor(backbone, linear(frame.weight, prior))
+        found = {f"{name}+residual": Predictor(backbone, trained), **own}
+        found[f"{name}+prior"] = Predictor(backbone, with_prior)
         if own:
             head = own["statistics"].head
             assert isinstance(head, nn.Linear)
@@ -93,11 +99,19 @@ class FedLoGePlus(Method):
 
 def loss(net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
     f = net.features(x)
-    generic = net["frame"](f)
+    generic = _balanced(net)[1](f)
     stopped = f.detach()
     personal = generic.detach() + given["prior"] + net["local_head"](stopped)
     allowed = (given["bound"] / (1 + stopped.square().sum(dim=1).mean())).clamp_max(1.0)  # 1: of the bias
     return balanced_softmax(generic, y, given["prior"]) + allowed * F.cross_entropy(personal, y)
+
+
+def _balanced(net: Net) -> tuple[str, FrameHead | nn.Linear]:
+    """What trains the backbone for a flat prior, and what it is called."""
+    name, part = ("frame", "frame") if "frame" in net.by_part else ("head", "global_head")
+    head = net[part]
+    assert isinstance(head, FrameHead | nn.Linear)
+    return name, head
 
 
 def _nothing(head: nn.Module) -> nn.Module:

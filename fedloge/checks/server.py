@@ -95,6 +95,12 @@ def _check_frame(findings: Findings, plan: Deployment, net: "Net") -> None:
 
     if not isinstance(plan.config.method, (FedLoGe, FedLoGePlus)):  # nobody else builds one by these settings
         return
+    if "frame" not in net.by_part:
+        classes, dim = len(plan.images.classes), net.feature_dim
+        findings.passed(
+            "frame", f"none: no simplex of {classes} classes in {dim} dimensions; a head is learned instead"
+        )
+        return
     spec = frame.FrameSpec(dim=net.feature_dim, classes=len(plan.images.classes), **asdict(plan.config.frame))
     solver = frame.choose_solver(spec, frame.mask(spec.dim, spec.classes, spec.sparsity, spec.seed))
     exact = "the exact simplex" if solver == "gram" else f"the best that solver {solver} finds"

@@ -494,6 +494,9 @@ def test_a_model_and_a_frame_that_cannot_be(study: Path, check: Check) -> None:
 def test_many_classes_have_the_best_frame_there_is(study: Path, check: Check) -> None:
     many = json.dumps([f"c{i}" for i in range(100)])
     settings(study, ('["cat", "dog", "fox"]', many), ('name = "resnet18"', 'name = "resnet8"'))
+    none = "none: no simplex of 100 classes in 64 dimensions; a head is learned instead"
+    assert found(check(study)[1], "frame", "PASS") == none
+    settings(study, ('name = "fedloge+"', 'name = "fedloge"'))
     _, lines = check(study)
     assert "100 classes in 64 dimensions, 60% zeros: the best that solver lse finds" in found(lines, "frame", "PASS")
     text = found(lines, "kits", "FAIL")
