@@ -118,8 +118,7 @@ class Head:
 def solve(sums: Sums, centre: Tensor, others: Tensor | None = None) -> Head | None:
     """The head of all images behind `sums`; None where there are none.
 
-    A class without images is never its answer, unless `others` has a row for it: the (C, d) weights of another head
-    that favours no class.
+    A class without images is never its answer, unless `others` has a row for it: the (C, d) weights of another head.
     """
     count, images = sums.count, float(sums.count.sum())
     seen = count > 0

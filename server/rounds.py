@@ -165,7 +165,7 @@ def survey(
             len(best.clients), len(chosen), ", ".join(answers.missing) or "nobody",
             ", ".join(sorted(best.kept)) or "nobody"
         )  # fmt: skip
-    return with_head(state, best.head(known(state, len(task.classes)), method.balanced_rows(state)))
+    return with_head(state, best.head(known(state, len(task.classes)), method.trained_rows(state)))
 
 
 def final_judgement(

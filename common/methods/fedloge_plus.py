@@ -1,16 +1,16 @@
 """FedLoGe+: what is left of FedLoGe when every ingredient has to show on the records that it helps. Our own.
 
 Shared: backbone. Fixed: frame (W; and the computed head goes to all sites). Local: local_head (P).
-With more classes than d + 1 there is no simplex for W to be; then a learned global_head is shared in its place.
+With more classes than d + 1 there is no simplex for W to be; then a global_head is shared and learned in its place.
 FedLoGe trains a generic and a personal head for a long tail and mends both by their norms afterwards. Here
 - the generic head is not mended but computed, from everybody's class statistics (common/statistics.py). Equal priors
   are in its formula, so a class with fifty images is on a par with one that has five thousand;
 - the frame still trains the backbone, by balanced softmax with the site's own counts, which stay there, and at a
   temperature that suits tens of rounds (`norm`; the published .1 suits long runs of large models). Where there is no
-  simplex a head that is learned by the same loss trains it better than any frame;
+  simplex a head that is learned by plain cross-entropy, as FedAvg's, trains it better than any frame;
 - the personal model is a mean of two that err in different ways: the computed head at the site's temperature and
-  prior, and the frame with the site's prior and a residual P that the site trains and keeps. The second is much surer
-  of itself, so it counts for a quarter.
+  prior, and the frame with the site's prior (or the learned head) and a residual P that the site trains and keeps. The
+  second is much surer of itself, so it counts for a quarter.
 P learns on detached features and logits, as psi and phi do in FedLoGe, whose heads diverge once features are long. Its
 loss is scaled by what the features of the batch allow, so it is stable whatever they are. Without any site's statistics
 the frame is the generic head, and the personal model the second of the two; where only those of some classes are
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import require
-from common.losses import balanced_softmax, log_prior
+from common.losses import log_prior
 from common.methods.fedloge import FrameHead, solve_frame
 from common.methods.method import Method, Phase, Predictor, ServerState, Site, computed
 from common.net import Maker, Net, Task
@@ -73,23 +73,28 @@ class FedLoGePlus(Method):
         parts = ("backbone", "global_head", "local_head")
         return [Phase(tuple(part for part in parts if part in net.by_part), loss, train.epochs, given)]
 
-    def balanced_rows(self, state: ServerState) -> Tensor:
+    def trained_rows(self, state: ServerState) -> Tensor:
         return state.parts["frame" if "frame" in state.parts else "global_head"]["weight"]
 
     def generic(self, net: Net, task: Task) -> dict[str, Predictor]:
         del task
-        name, head = _balanced(net)
-        return {name: Predictor(net["backbone"], head)}
+        name, part = ("frame", "frame") if "frame" in net.by_part else ("head", "global_head")
+        return {name: Predictor(net["backbone"], net[part])}
 
     def personal(self, net: Net, site: Site) -> dict[str, Predictor]:
-        backbone, (name, balanced), residual = net["backbone"], _balanced(net), net["local_head"]
+        backbone, residual = net["backbone"], net["local_head"]
         assert isinstance(residual, nn.Linear)
-        prior = log_frequencies(site.counts).to(residual.weight)
-        with_prior = linear(balanced.weight, prior + balanced.bias if isinstance(balanced, nn.Linear) else prior)
-        trained = added(with_prior, residual)
+        if "frame" in net.by_part:
+            frame, prior = net["frame"], log_frequencies(site.counts).to(residual.weight)
+            assert isinstance(frame, FrameHead)
+            name, untrained, base = "frame", "frame+prior", linear(frame.weight, prior)
+        else:
+            learned = net["global_head"]
+            assert isinstance(learned, nn.Linear)
+            name, untrained, base = "head", "head", learned
+        trained = added(base, residual)
         own = computed(net, site)
-        found = {f"{name}+residual": Predictor(backbone, trained), **own}
-        found[f"{name}+prior"] = Predictor(backbone, with_prior)
+        found = {f"{name}+residual": Predictor(backbone, trained), **own, untrained: Predictor(backbone, base)}
         if own:
             head = own["statistics"].head
             assert isinstance(head, nn.Linear)
@@ -99,19 +104,11 @@ class FedLoGePlus(Method):
 
 def loss(net: Net, x: Tensor, y: Tensor, given: Tensors) -> Tensor:
     f = net.features(x)
-    generic = _balanced(net)[1](f)
+    base = net["frame"](f) + given["prior"] if "frame" in net.by_part else net["global_head"](f)
     stopped = f.detach()
-    personal = generic.detach() + given["prior"] + net["local_head"](stopped)
+    personal = base.detach() + net["local_head"](stopped)
     allowed = (given["bound"] / (1 + stopped.square().sum(dim=1).mean())).clamp_max(1.0)  # 1: of the bias
-    return balanced_softmax(generic, y, given["prior"]) + allowed * F.cross_entropy(personal, y)
-
-
-def _balanced(net: Net) -> tuple[str, FrameHead | nn.Linear]:
-    """What trains the backbone for a flat prior, and what it is called."""
-    name, part = ("frame", "frame") if "frame" in net.by_part else ("head", "global_head")
-    head = net[part]
-    assert isinstance(head, FrameHead | nn.Linear)
-    return name, head
+    return F.cross_entropy(base, y) + allowed * F.cross_entropy(personal, y)
 
 
 def _nothing(head: nn.Module) -> nn.Module:

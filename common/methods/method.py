@@ -157,9 +157,9 @@ class Method(ABC):
         del sums, net
         return replace(state, parts={**state.parts, **mean})
 
-    def balanced_rows(self, state: ServerState) -> Tensor | None:  # noqa: ARG002
-        """The (C, d) weights of a head on the backbone that favours no class, if the method has one: it answers for
-        classes of which no site gives statistics."""
+    def trained_rows(self, state: ServerState) -> Tensor | None:  # noqa: ARG002
+        """The (C, d) weights of the head that trains the backbone, where they may answer for classes of which no site
+        gives statistics."""
         return None
 
     @abstractmethod

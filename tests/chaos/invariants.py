@@ -152,7 +152,7 @@ def _of_some_sites(federation: Federation, state: ServerState) -> bool:
     """Whether the computed head is what the sums of some sites, or of none, come to."""
     about = centre(federation.net, federation.task, state)
     sums = [site.count(about) for site in federation.sites.values()]
-    others = federation.task.config.method.balanced_rows(state)
+    others = federation.task.config.method.trained_rows(state)
     for chosen in product((True, False), repeat=len(sums)):
         empty = Sums.nothing(len(federation.task.classes), len(about))
         total = sum((one for one, taken in zip(sums, chosen, strict=True) if taken), empty)

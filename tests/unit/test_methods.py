@@ -97,7 +97,7 @@ RECORDED: dict[str, tuple[float, float | None, float]] = {
     "balanced global": (1.0692, 0.711, 0.845),
     "fedrod": (0.9519, 0.844, 0.830),
     "fedloge+": (0.2727, 1.000, 1.000),
-    "fedloge+ crowded": (1.1939, 0.156, 0.805),
+    "fedloge+ crowded": (2.6869, 0.156, 0.682),
     "fedetf": (0.3340, 0.556, 0.952),
     "creff": (0.9876, 0.467, 0.798),
     "fedloge": (2.8790, 0.667, 0.777),

@@ -68,10 +68,10 @@ def test_the_global_model_is_fedavgs_to_the_bit(method: str, knobs: dict[str, An
     assert same(only(expected, "backbone", "global_head"), only(found, "backbone", "global_head"))
 
 
-def test_where_no_simplex_has_room_fedloge_plus_learns_a_head_as_fedrod_does() -> None:
+def test_where_no_simplex_has_room_fedloge_plus_trains_what_fedavg_does() -> None:
     """A simplex of four classes needs three dimensions."""
-    plus, rod = (tiny({"name": name}, model={"width": 2}).run(2)[-1].state.parts for name in ("fedloge+", "fedrod"))
-    assert same(only(plus, "backbone", "global_head"), only(rod, "backbone", "global_head"))
+    plus, average = (tiny({"name": n}, model={"width": 2}).run(2)[-1].state.parts for n in ("fedloge+", "fedavg"))
+    assert same(only(plus, "backbone", "global_head"), only(average, "backbone", "global_head"))
     assert "frame" not in plus
     assert "frame" in tiny({"name": "fedloge+"}, model={"width": 3}).state.parts
 
