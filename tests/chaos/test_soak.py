@@ -19,8 +19,7 @@ PROGRAMS = {"server", "flower-superlink", "flower-superexec", "flwr-serverapp", 
 
 def test_a_federation_with_churn_is_written_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("benchmarks.soak.churn.PAUSE", 2)  # rounds: a busy machine does not do many in that time
-    record, curves = soak(seconds=20.0, every=0.25)
+    record, curves = soak(seconds=60.0, every=0.25)  # a busy machine needs some of it for one change
     assert list(tmp_path.glob("fedloge-soak-*")) == [], "its folder is left"
     assert record["rounds"] > 0
     assert sum(record["changes"].values()) >= 1
