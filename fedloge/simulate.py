@@ -63,6 +63,7 @@ def simulate(config: Config, folder: Path, progress: Callable[[Progress], None])
                 raise UserError(
                     f"{folder}: the data or its split is not what the run began with: bring it back, or --out"
                 )
+            checkpoint.require_parts(found, config.method, federation.net, folder)
             log.info("going on after round %d", found.state.round)
         try:
             return _go_on(config, folder, federation, found, progress)

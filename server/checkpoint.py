@@ -15,7 +15,8 @@ from typing import Any
 
 from common import files, parts
 from common.errors import UserError
-from common.methods.method import ServerState
+from common.methods.method import Method, ServerState
+from common.net import Net
 from common.parts import Corrupt, Tensors
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,16 @@ def latest(folder: Path) -> Checkpoint | None:
     if _files(folder):
         raise UserError(f"{folder}: no checkpoint is whole: delete the folder it is in to start anew")
     return None
+
+
+def require_parts(found: Checkpoint, method: Method, net: Net, folder: Path) -> None:
+    """Refuse to go on from a checkpoint whose parts are not the method's: it was another one's at that time."""
+    ours = method.shared | method.fixed
+    if (found.state.parts.keys() ^ net.parts().keys()) & ours:
+        raise UserError(
+            f"{folder} was begun by a version of fedloge whose method {method.name} has other parts here: go on with "
+            "that version, or start anew in another folder"
+        )
 
 
 def read(path: Path) -> Checkpoint:

@@ -99,7 +99,9 @@ def _begin(
             return result
         log.info("going on after round %d of %d", done, wanted)
     run = _Run(deployment, folder, fleet, board, changed)
-    if found is None:
+    if found is not None:
+        checkpoint.require_parts(found, run.method, run.net, folder)
+    else:
         found = Checkpoint(initial or config.method.init(run.net, run.task), [], {})
     return run.go(found)
 

@@ -455,6 +455,17 @@ def test_what_is_learnt_from_what_cannot_change(
     assert remains(tmp_path) == before
 
 
+def test_a_federation_of_a_version_whose_method_had_other_parts_is_refused(data: Path, tmp_path: Path) -> None:
+    sites = members(data, tmp_path / "sites")
+    run(deployment(data, federation={"rounds": 1}), tmp_path / "run", sites)
+    found = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    less = {part: t for part, t in found.state.parts.items() if part != "frame"}
+    checkpoint.save(tmp_path / "run" / "checkpoints", replace(found, state=replace(found.state, parts=less)), keep=1)
+    with pytest.raises(UserError, match="was begun by a version of fedloge whose method fedloge has other parts here"):
+        run(deployment(data), tmp_path / "run", sites)
+
+
 def test_how_it_is_learnt_can_change_between_rounds_and_is_noted(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

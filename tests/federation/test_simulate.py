@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,17 @@ def test_another_experiment_in_the_same_folder_is_refused_by_key(whole: Callable
         assert key in str(caught.value)
         assert "\n" not in str(caught.value)
     assert remains(folder) == before
+
+
+def test_a_run_of_a_version_whose_method_had_other_parts_is_refused(tmp_path: Path) -> None:
+    first, more = (small(federation={"rounds": n}) for n in (1, 2))
+    simulate(first, tmp_path, quiet)
+    found = checkpoint.latest(tmp_path / "checkpoints")
+    assert found is not None
+    renamed = {part.replace("frame", "simplex"): t for part, t in found.state.parts.items()}
+    checkpoint.save(tmp_path / "checkpoints", replace(found, state=replace(found.state, parts=renamed)), keep=1)
+    with pytest.raises(UserError, match="was begun by a version of fedloge whose method fedloge has other parts here"):
+        simulate(more, tmp_path, quiet)
 
 
 def test_more_rounds_make_the_run_it_would_have_been(whole: Callable[[Config], Path], tmp_path: Path) -> None:
