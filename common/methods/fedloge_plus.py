@@ -7,14 +7,15 @@ FedLoGe trains a generic and a personal head for a long tail and mends both by t
   are in its formula, so a class with fifty images is on a par with one that has five thousand;
 - the frame still trains the backbone, by balanced softmax with the site's own counts, which stay there, and at a
   temperature that suits tens of rounds (`norm`; the published .1 suits long runs of large models). Where there is no
-  simplex a head that is learned by plain cross-entropy, as FedAvg's, trains it better than any frame;
+  simplex a head that is learned by plain cross-entropy, as FedAvg's, trains it better than frames of all norms tried;
 - the personal model is a mean of two that err in different ways: the computed head at the site's temperature and
   prior, and the frame with the site's prior (or the learned head) and a residual P that the site trains and keeps. The
   second is much surer of itself, so it counts for a quarter.
 P learns on detached features and logits, as psi and phi do in FedLoGe, whose heads diverge once features are long. Its
 loss is scaled by what the features of the batch allow, so it is stable whatever they are. Without any site's statistics
 the frame is the generic head, and the personal model the second of the two; where only those of some classes are
-missing, because the sites that have them left or keep their statistics, the frame answers for these.
+missing, because the sites that have them left or keep their statistics, the frame answers for these. (All of this
+holds for the learned head, where there is one in the frame's place.)
 """
 
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class FedLoGePlus(Method):
     local: ClassVar[frozenset[str]] = frozenset({"local_head"})
     computed: ClassVar[bool] = True
 
-    norm: float = 3.0  # length of the frame's columns, in place of frame.norm
+    norm: float = 3.0  # length of the frame's columns, in place of frame.norm; unused without a frame
 
     def __post_init__(self) -> None:
         require(self.norm > 0, "method.norm", self.norm, "a number above 0")
